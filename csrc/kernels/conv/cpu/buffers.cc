@@ -1,0 +1,186 @@
+#include "conv/cpu/buffers.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "conv/cpu/primitives.h"
+
+namespace unet_fast::cpu {
+namespace {
+
+constexpr int64_t kChunkFloats = 8 << 20;  // 32 MiB of temporaries
+constexpr int64_t kBlock = 1 << 15;        // elements a task of an element-wise pass
+
+// A row of `type` as float32: in place, or converted into `storage`.
+const float* Row(const void* data, DType type, int64_t offset, int64_t count, std::vector<float>* storage) {
+  if (type == DType::kFloat32) return static_cast<const float*>(data) + offset;
+  storage->resize(count);
+  GetPrimitives().to_float(At(data, type, offset), type, storage->data(), count);
+  return storage->data();
+}
+
+void AddUnpooled(const float* y0, const float* y1, const float* dpooled, int64_t cols, int64_t c, float* dz0,
+                 float* dz1) {
+  for (int64_t j = 0; j < cols; ++j) {
+    for (int64_t k = 0; k < c; ++k) {
+      const int64_t left = 2 * j * c + k, right = left + c;
+      // The first of equal maxima gets the gradient, as in TensorFlow.
+      float best = y0[left];
+      float* target = &dz0[left];
+      if (y0[right] > best) best = y0[right], target = &dz0[right];
+      if (y1[left] > best) best = y1[left], target = &dz1[left];
+      if (y1[right] > best) target = &dz1[right];
+      *target += dpooled[j * c + k];
+    }
+  }
+}
+
+}  // namespace
+
+int64_t ImagesPerChunk(int64_t batch, int64_t floats_per_image) {
+  return std::clamp<int64_t>(kChunkFloats / std::max<int64_t>(1, floats_per_image), 1, std::max<int64_t>(1, batch));
+}
+
+void ParallelToFloat(ThreadPool& pool, const void* source, DType type, float* target, int64_t count) {
+  ParallelFor(pool, (count + kBlock - 1) / kBlock, [&](int64_t i) {
+    const int64_t begin = i * kBlock;
+    GetPrimitives().to_float(At(source, type, begin), type, target + begin, std::min(kBlock, count - begin));
+  });
+}
+
+void ParallelFromFloat(ThreadPool& pool, const float* source, DType type, void* target, int64_t count) {
+  ParallelFor(pool, (count + kBlock - 1) / kBlock, [&](int64_t i) {
+    const int64_t begin = i * kBlock;
+    GetPrimitives().from_float(source + begin, type, At(target, type, begin), std::min(kBlock, count - begin));
+  });
+}
+
+const float* AsFloat(ThreadPool& pool, const void* source, DType type, int64_t count, Buffer* storage) {
+  if (type == DType::kFloat32) return static_cast<const float*>(source);
+  *storage = Buffer(count);
+  ParallelToFloat(pool, source, type, storage->get(), count);
+  return storage->get();
+}
+
+void GatherToGrid(ThreadPool& pool, const Gather& g) {
+  ParallelFor(pool, g.n * g.grid_h, [&](int64_t row) {
+    const int64_t n = row / g.grid_h, i = row % g.grid_h - g.pad;
+    float* target = g.target + row * g.grid_w * g.grid_c + g.channel;
+    const auto zero = [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) std::fill_n(target + j * g.grid_c, g.c, 0.0f);
+    };
+    if (i < 0 || i >= g.rows) return zero(0, g.grid_w);
+    zero(0, g.pad);
+    zero(g.pad + g.cols, g.grid_w);
+    const int64_t offset = ((n * g.h + i + g.top) * g.w + g.left) * g.c;
+    if (g.grid_c == g.c) {
+      GetPrimitives().to_float(At(g.source, g.type, offset), g.type, target + g.pad * g.c, g.cols * g.c);
+      return;
+    }
+    std::vector<float> storage;
+    const float* source = Row(g.source, g.type, offset, g.cols * g.c, &storage);
+    for (int64_t j = 0; j < g.cols; ++j) {
+      std::memcpy(target + (g.pad + j) * g.grid_c, source + j * g.c, g.c * sizeof(float));
+    }
+  });
+}
+
+void GatherPatches(ThreadPool& pool, const void* source, DType type, int64_t n, int64_t h, int64_t w, int64_t c,
+                   int64_t k, int64_t pad, float* target) {
+  const int64_t rows = h + 2 * pad - k + 1, cols = w + 2 * pad - k + 1;
+  ParallelFor(pool, n * rows, [&](int64_t row) {
+    std::vector<float> storage;
+    const int64_t image = row / rows, i = row % rows;
+    for (int64_t r = 0; r < k; ++r) {
+      const int64_t source_row = i + r - pad;
+      const bool inside = source_row >= 0 && source_row < h;
+      const float* x = inside ? Row(source, type, (image * h + source_row) * w * c, w * c, &storage) : nullptr;
+      for (int64_t j = 0; j < cols; ++j) {
+        float* patch = target + ((row * cols + j) * k + r) * k * c;
+        for (int64_t s = 0; s < k; ++s) {
+          const int64_t source_col = j + s - pad;
+          const bool valid = inside && source_col >= 0 && source_col < w;
+          for (int64_t q = 0; q < c; ++q) patch[s * c + q] = valid ? x[source_col * c + q] : 0.0f;
+        }
+      }
+    }
+  });
+}
+
+void MaskGradient(ThreadPool& pool, const MaskedGradient& g) {
+  // A task is a pair of rows, which pooling reads together; the grid's rows beyond the image are tasks of their own.
+  const int64_t pairs = (g.grid_h + 1) / 2;
+  ParallelFor(pool, g.n * pairs, [&](int64_t task) {
+    const int64_t n = task / pairs, first = task % pairs * 2;
+    std::vector<float> y_storage[2], pooled_storage;
+    const float* y[2] = {nullptr, nullptr};
+    float* dz[2] = {nullptr, nullptr};
+    for (int64_t q = 0; q < 2 && first + q < g.grid_h; ++q) {
+      const int64_t i = first + q;
+      dz[q] = g.dz + (n * g.grid_h + i) * g.grid_w * g.c;
+      if (i >= g.h) {
+        std::fill_n(dz[q], g.grid_w * g.c, 0.0f);
+        continue;
+      }
+      std::fill(dz[q] + g.w * g.c, dz[q] + g.grid_w * g.c, 0.0f);
+      const int64_t offset = (n * g.h + i) * g.w * g.c;
+      GetPrimitives().to_float(At(g.dy, g.type, offset), g.type, dz[q], g.w * g.c);
+      y[q] = Row(g.y, g.type, offset, g.w * g.c, &y_storage[q]);
+    }
+    if (g.dpooled != nullptr && first / 2 < g.h / 2) {
+      const int64_t pooled_w = g.w / 2;
+      const float* dpooled =
+          Row(g.dpooled, g.type, (n * (g.h / 2) + first / 2) * pooled_w * g.c, pooled_w * g.c, &pooled_storage);
+      AddUnpooled(y[0], y[1], dpooled, pooled_w, g.c, dz[0], dz[1]);
+    }
+    for (int64_t q = 0; q < 2 && first + q < g.h; ++q) {
+      float* sums = g.row_sums + (n * g.h + first + q) * g.c;
+      std::fill_n(sums, g.c, 0.0f);
+      for (int64_t j = 0; j < g.w; ++j) {
+        float* d = dz[q] + j * g.c;
+        const float* v = y[q] + j * g.c;
+        if (g.relu) {
+          for (int64_t k = 0; k < g.c; ++k) d[k] = v[k] > 0.0f ? d[k] : 0.0f;
+        }
+        for (int64_t k = 0; k < g.c; ++k) sums[k] += d[k];
+      }
+    }
+  });
+}
+
+void SumRows(const std::vector<float>& rows, int64_t channels, DType type, void* target) {
+  std::vector<double> sum(channels, 0.0);
+  for (size_t i = 0; i < rows.size(); ++i) sum[i % channels] += rows[i];
+  const std::vector<float> rounded(sum.begin(), sum.end());
+  GetPrimitives().from_float(rounded.data(), type, target, channels);
+}
+
+void SumSlabs(ThreadPool& pool, const float* slabs, int64_t count, int64_t size, DType type, void* target) {
+  ParallelFor(pool, (size + kBlock - 1) / kBlock, [&](int64_t task) {
+    const int64_t begin = task * kBlock, length = std::min(kBlock, size - begin);
+    std::vector<float> sum(slabs + begin, slabs + begin + length);
+    for (int64_t q = 1; q < count; ++q) {
+      const float* slab = slabs + q * size + begin;
+      for (int64_t i = 0; i < length; ++i) sum[i] += slab[i];
+    }
+    GetPrimitives().from_float(sum.data(), type, At(target, type, begin), length);
+  });
+}
+
+void TransposeTaps(ThreadPool& pool, const float* source, int64_t taps, int64_t a, int64_t b, bool reverse,
+                   float* target) {
+  constexpr int64_t kTile = 32;  // 4 KiB of each side, so that both stay in the first-level cache
+  const int64_t strips = (a + kTile - 1) / kTile;
+  ParallelFor(pool, taps * strips, [&](int64_t task) {
+    const int64_t t = task / strips, i0 = task % strips * kTile, i1 = std::min(i0 + kTile, a);
+    const float* s = source + (reverse ? taps - 1 - t : t) * a * b;
+    float* d = target + t * a * b;
+    for (int64_t j0 = 0; j0 < b; j0 += kTile) {
+      for (int64_t j = j0; j < std::min(j0 + kTile, b); ++j) {
+        for (int64_t i = i0; i < i1; ++i) d[j * a + i] = s[i * b + j];
+      }
+    }
+  });
+}
+
+}  // namespace unet_fast::cpu

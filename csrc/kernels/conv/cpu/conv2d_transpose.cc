@@ -1,0 +1,140 @@
+// conv2d_transpose_bias_relu on the CPU, stride 2. Output rows of one parity see only some kernel rows - even ones
+// r = 0 of input row i and, in a 3x3 kernel, r = 2 of row i - 1; odd ones r = 1 of row i - and columns likewise. So
+// each of the four parities is an ordinary small convolution of x: nine products a pixel of x, none with a zero.
+#include <algorithm>
+#include <vector>
+
+#include "conv/cpu/buffers.h"
+#include "conv/cpu/conv2d.h"
+#include "conv/cpu/primitives.h"
+
+namespace unet_fast::cpu {
+namespace {
+
+// Kernel rows (or columns) that output rows of `parity` see: r = parity + 2 q for q = 0 .. Taps - 1.
+int64_t Taps(int64_t kernel_size, int64_t parity) { return kernel_size == 3 && parity == 0 ? 2 : 1; }
+
+}  // namespace
+
+void Conv2DTransposeBiasRelu(ThreadPool& pool, const Conv2DTransposeProblem& p, const Conv2DTransposeForward& d) {
+  const int64_t k = p.kernel_size, ci = p.channels, co = p.filters, h = p.height, w = p.width;
+  const bool in_place = p.dtype == DType::kFloat32;
+  Buffer kernel_storage, bias_storage, x_storage;
+  const float* kernel = AsFloat(pool, d.kernel, p.dtype, p.kernel_elements(), &kernel_storage);
+  const float* bias = AsFloat(pool, d.bias, p.dtype, co, &bias_storage);
+  Buffer transposed(p.kernel_elements());  // [k, k, ci, co]
+  TransposeTaps(pool, kernel, k * k, co, ci, /*reverse=*/false, transposed.get());
+  const int64_t chunk = ImagesPerChunk(p.batch, h * w * (co + (in_place ? 0 : ci)));
+  Buffer plane(chunk * h * w * co), taps(4 * ci * co);
+  if (!in_place) x_storage = Buffer(chunk * h * w * ci);
+  for (int64_t first = 0; first < p.batch; first += chunk) {
+    const int64_t n = std::min(chunk, p.batch - first);
+    const void* x = At(d.x, p.dtype, first * h * w * ci);
+    if (!in_place) ParallelToFloat(pool, x, p.dtype, x_storage.get(), n * h * w * ci);
+    for (int64_t parity = 0; parity < 4; ++parity) {
+      const int64_t a = parity / 2, b = parity % 2;
+      ConvArgs c;
+      c.x = in_place ? static_cast<const float*>(x) : x_storage.get();
+      c.n = n, c.h = h, c.w = w, c.ci = ci, c.co = co, c.stride = 1;
+      c.kh = Taps(k, a), c.kw = Taps(k, b);
+      // The convolution reads x[i - 1], x[i] in this order; their kernel rows are 2 and 0.
+      for (int64_t r = 0; r < c.kh; ++r) {
+        for (int64_t s = 0; s < c.kw; ++s) {
+          const int64_t tap = (a + 2 * (c.kh - 1 - r)) * k + b + 2 * (c.kw - 1 - s);
+          std::copy_n(transposed.get() + tap * ci * co, ci * co, taps.get() + (r * c.kw + s) * ci * co);
+        }
+      }
+      c.kernel = taps.get();
+      c.pad_top = c.kh - 1, c.pad_left = c.kw - 1, c.pad_bottom = c.pad_right = 0;
+      c.y = plane.get(), c.bias = bias, c.relu = p.relu;
+      GetPrimitives().conv(pool, c);
+      ParallelFor(pool, n * h, [&](int64_t row) {
+        const float* source = plane.get() + row * w * co;
+        const int64_t target = ((first * h + row) * 2 + a) * 2 * w + b;
+        for (int64_t j = 0; j < w; ++j) {
+          GetPrimitives().from_float(source + j * co, p.dtype, At(d.y, p.dtype, (target + 2 * j) * co), co);
+        }
+      });
+    }
+  }
+}
+
+void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem& p, const Conv2DTransposeGradient& d) {
+  const int64_t k = p.kernel_size, ci = p.channels, co = p.filters, h = p.height, w = p.width;
+  const bool in_place = p.dtype == DType::kFloat32;
+  const int64_t out_size = 4 * h * w * co, in_size = h * w * ci;
+  // One row and column more than x: a tap of 3x3 kernels reads the next pixel of the same parity.
+  const int64_t grid_h = h + 1, grid_w = w + 1;
+  Buffer kernel_storage, dx_storage;
+  const int64_t chunk = ImagesPerChunk(p.batch, out_size + grid_h * grid_w * (ci + co) + (in_place ? 0 : in_size));
+  Buffer dz(chunk * out_size), plane(chunk * grid_h * grid_w * co), x_grid(chunk * grid_h * grid_w * ci);
+  const float* kernel = nullptr;
+  if (d.dx != nullptr) {
+    kernel = AsFloat(pool, d.kernel, p.dtype, p.kernel_elements(), &kernel_storage);
+    if (!in_place) dx_storage = Buffer(chunk * in_size);
+  }
+  std::vector<float> dkernel[4], row_sums(p.batch * 2 * h * co);
+  int64_t slabs[4];
+  for (int64_t parity = 0; parity < 4; ++parity) {
+    const int64_t kh = Taps(k, parity / 2), kw = Taps(k, parity % 2);
+    slabs[parity] = WgradSlabs(kh, kw, co, ci);
+    dkernel[parity].assign(slabs[parity] * kh * kw * co * ci, 0.0f);
+  }
+
+  for (int64_t first = 0; first < p.batch; first += chunk) {
+    const int64_t n = std::min(chunk, p.batch - first);
+    MaskedGradient m;
+    m.dy = At(d.dy, p.dtype, first * out_size), m.y = At(d.y, p.dtype, first * out_size), m.dpooled = nullptr;
+    m.type = p.dtype, m.n = n, m.h = 2 * h, m.w = 2 * w, m.c = co, m.relu = p.relu;
+    m.dz = dz.get(), m.grid_h = 2 * h, m.grid_w = 2 * w, m.row_sums = row_sums.data() + first * 2 * h * co;
+    MaskGradient(pool, m);
+
+    if (d.dx != nullptr) {  // dx[i] = sum over r of dz[2 i + r] kernel[r]
+      ConvArgs a;
+      a.x = dz.get(), a.n = n, a.h = 2 * h, a.w = 2 * w, a.ci = co;
+      a.kernel = kernel, a.kh = a.kw = k, a.co = ci, a.stride = 2;
+      a.pad_top = a.pad_left = 0, a.pad_bottom = a.pad_right = k - 2;
+      a.y = in_place ? static_cast<float*>(d.dx) + first * in_size : dx_storage.get();
+      GetPrimitives().conv(pool, a);
+      if (!in_place) ParallelFromFloat(pool, a.y, p.dtype, At(d.dx, p.dtype, first * in_size), n * in_size);
+    }
+
+    Gather g;
+    g.source = At(d.x, p.dtype, first * in_size), g.type = p.dtype, g.n = n, g.h = h, g.w = w, g.c = ci;
+    g.top = g.left = 0, g.rows = h, g.cols = w, g.target = x_grid.get();
+    g.grid_h = grid_h, g.grid_w = grid_w, g.grid_c = ci, g.channel = g.pad = 0;
+    GatherToGrid(pool, g);
+    for (int64_t parity = 0; parity < 4; ++parity) {
+      const int64_t a = parity / 2, b = parity % 2;
+      ParallelFor(pool, n * grid_h, [&](int64_t row) {
+        const int64_t image = row / grid_h, i = row % grid_h;
+        float* target = plane.get() + row * grid_w * co;
+        std::fill_n(target, grid_w * co, 0.0f);
+        if (i == h) return;
+        const float* source = dz.get() + (((image * h + i) * 2 + a) * 2 * w + b) * co;
+        for (int64_t j = 0; j < w; ++j) std::copy_n(source + 2 * j * co, co, target + j * co);
+      });
+      WgradArgs args;  // dz takes the part of the input, x that of the output gradient
+      args.x = plane.get(), args.dz = x_grid.get(), args.n = n, args.h = grid_h, args.w = grid_w;
+      args.ci = co, args.co = ci, args.rows = h, args.cols = w, args.kh = Taps(k, a), args.kw = Taps(k, b);
+      args.slabs = slabs[parity], args.dkernel = dkernel[parity].data();
+      GetPrimitives().wgrad(pool, args);
+    }
+  }
+
+  for (int64_t parity = 0; parity < 4; ++parity) {
+    const int64_t a = parity / 2, b = parity % 2, kh = Taps(k, a), kw = Taps(k, b), size = kh * kw * co * ci;
+    Buffer sum(size);
+    SumSlabs(pool, dkernel[parity].data(), slabs[parity], size, DType::kFloat32, sum.get());
+    for (int64_t r = 0; r < kh; ++r) {
+      for (int64_t s = 0; s < kw; ++s) {
+        const int64_t tap = (a + 2 * r) * k + b + 2 * s;
+        ParallelFromFloat(pool, sum.get() + (r * kw + s) * co * ci, p.dtype, At(d.dkernel, p.dtype, tap * co * ci),
+                          co * ci);
+      }
+    }
+  }
+  SumRows(row_sums, co, p.dtype, d.dbias);
+}
+
+}  // namespace unet_fast::cpu

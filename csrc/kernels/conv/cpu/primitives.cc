@@ -1,0 +1,48 @@
+#include "conv/cpu/primitives.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+namespace unet_fast::cpu {
+
+#define UNET_FAST_DECLARE_ISA(ISA)                                               \
+  namespace ISA {                                                                \
+  void Conv(ThreadPool& pool, const ConvArgs& args);                             \
+  void Wgrad(ThreadPool& pool, const WgradArgs& args);                           \
+  void ToFloat(const void* source, DType type, float* target, int64_t count);    \
+  void FromFloat(const float* source, DType type, void* target, int64_t count);  \
+  static const Primitives kPrimitives = {#ISA, Conv, Wgrad, ToFloat, FromFloat}; \
+  }
+UNET_FAST_DECLARE_ISA(baseline)
+#ifdef UNET_FAST_X86
+UNET_FAST_DECLARE_ISA(avx2)
+UNET_FAST_DECLARE_ISA(avx512)
+#endif
+
+const Primitives& GetPrimitives() {
+  static const Primitives& chosen = []() -> const Primitives& {
+#ifdef UNET_FAST_X86
+    const char* wish = std::getenv("UNET_FAST_CPU_ISA");
+    const std::string limit = wish != nullptr ? wish : "avx512";
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512cd");
+    if (has_avx512 && limit == "avx512") return avx512::kPrimitives;
+    if (has_avx2 && (limit == "avx512" || limit == "avx2")) return avx2::kPrimitives;
+#endif
+    return baseline::kPrimitives;
+  }();
+  return chosen;
+}
+
+int64_t WgradSlabs(int64_t kh, int64_t kw, int64_t ci, int64_t co) {
+  // Enough parts for the cores of a workstation when the output alone gives too few; large outputs need no second copy.
+  constexpr int64_t kTasks = 8, kLargeTile = 512 * 1536;
+  const int64_t tiles = kh * std::max<int64_t>(1, kw * ci * co / kLargeTile);
+  return std::max<int64_t>(1, (kTasks + tiles - 1) / tiles);
+}
+
+}  // namespace unet_fast::cpu

@@ -1,0 +1,85 @@
+// Forward and input-gradient convolutions: Eigen's spatial convolution (the one in TensorFlow's wheel) with an
+// epilogue.
+//
+// Built once an instruction set. UNET_FAST_ISA names it, and Eigen's namespace is renamed after it: two builds of one
+// inline function under one name would be merged by the linker, and the wrong one could win.
+#define EIGEN_USE_THREADS
+#include "conv/cpu/rename_eigen.h"
+// Eigen's own AVX-512 GEMM kernels pack the right-hand side by a specialisation that clashes with that of the spatial
+// convolution; without them the generic kernels run, on the same 16-float packets.
+#define EIGEN_USE_AVX512_GEMM_KERNELS 0
+#include "unsupported/Eigen/CXX11/Tensor"
+#include "xla/tsl/framework/convolution/eigen_spatial_convolutions.h"
+
+#include <memory>
+#include <utility>
+
+#include "conv/cpu/primitives.h"
+
+namespace unet_fast::cpu::UNET_FAST_ISA {
+namespace {
+
+using Eigen::Index;
+
+// Applied to each finished block of the output while it is in cache.
+struct Epilogue {
+  const float* base;  // start of y, to find the place of a block in `mask`
+  const float* bias;
+  const float* mask;
+  bool relu;
+
+  template <class Mapper>
+  EIGEN_ALWAYS_INLINE void operator()(const Mapper& block, const Eigen::TensorContractionParams&, Index first_channel,
+                                      Index, Index channels, Index pixels) const {
+    for (Index j = 0; j < pixels; ++j) {
+      float* y = &block(0, j);
+      if (bias != nullptr) {
+        const float* b = bias + first_channel;
+        for (Index c = 0; c < channels; ++c) y[c] += b[c];
+      }
+      if (relu) {
+        for (Index c = 0; c < channels; ++c) y[c] = y[c] < 0.0f ? 0.0f : y[c];  // keeps NaN
+      }
+      if (mask != nullptr) {
+        const float* m = mask + (y - base);
+        for (Index c = 0; c < channels; ++c) y[c] = m[c] > 0.0f ? y[c] : 0.0f;
+      }
+    }
+  }
+};
+
+class EigenPool : public Eigen::ThreadPoolInterface {
+ public:
+  explicit EigenPool(std::shared_ptr<HelpingQueue> queue) : queue_(std::move(queue)) {}
+  void Schedule(std::function<void()> task) override { queue_->Schedule(std::move(task)); }
+  int NumThreads() const override { return queue_->NumThreads(); }
+  int CurrentThreadId() const override { return -1; }
+
+ private:
+  std::shared_ptr<HelpingQueue> queue_;
+};
+
+}  // namespace
+
+void Conv(ThreadPool& pool, const ConvArgs& a) {
+  using Tensor4 = Eigen::TensorMap<Eigen::Tensor<float, 4, Eigen::ColMajor, Index>>;
+  // Column-major with reversed dimensions is row-major NHWC; Eigen's "rows" are then the width. Its packing code wants
+  // maps of non-const floats but writes to neither input.
+  Tensor4 x(const_cast<float*>(a.x), a.ci, a.w, a.h, a.n);
+  Tensor4 kernel(const_cast<float*>(a.kernel), a.co, a.ci, a.kw, a.kh);
+  Tensor4 y(a.y, a.co, a.ow(), a.oh(), a.n);
+  auto convolution = Eigen::SpatialConvolution(x, kernel, a.stride, a.stride, Eigen::PADDING_VALID, 1, 1,
+                                               Epilogue{a.y, a.bias, a.mask, a.relu}, a.pad_left, a.pad_right,
+                                               a.pad_top, a.pad_bottom);
+  auto queue = std::make_shared<HelpingQueue>(pool);
+  EigenPool eigen_pool(queue);
+  Eigen::ThreadPoolDevice device(&eigen_pool, pool.NumThreads());
+  if (pool.NumThreads() == 1) {
+    y.device(device) = convolution;
+    return;
+  }
+  y.device(device, [queue] { queue->Finish(); }) = convolution;
+  queue->RunUntilFinished();
+}
+
+}  // namespace unet_fast::cpu::UNET_FAST_ISA

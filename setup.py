@@ -1,0 +1,58 @@
+"""Builds the native libraries with CMake; everything else is in pyproject.toml.
+
+Environment variables, all optional:
+  UNET_FAST_CUDA=0               build for the CPU only, even where there is an nvcc
+  UNET_FAST_CUDA_ARCHS=90a       CUDA architectures, comma-separated (CMAKE_CUDA_ARCHITECTURES, semicolons, does too)
+  CUDACXX, CUDA_HOME             which nvcc
+  MAX_JOBS=4                     parallel compilations (default: the number of processors)
+"""
+
+import os
+import pathlib
+import runpy
+import shutil
+import subprocess
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        target = ROOT / "unet_fast" if self.inplace else pathlib.Path(self.build_lib).resolve() / "unet_fast"
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        fingerprint = runpy.run_path(str(ROOT / "unet_fast" / "_fingerprint.py"))["source_fingerprint"](ROOT)
+        cmake = shutil.which("cmake") or sys.exit("unet_fast needs cmake 3.24 or newer to build: pip install cmake")
+        configure = [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            # A build environment is a new folder each time: what CMake found in the last one is gone.
+            "--fresh",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DUNET_FAST_OUTPUT_DIR={target}",
+            f"-DUNET_FAST_FINGERPRINT={fingerprint}",
+            f"-DUNET_FAST_CUDA={'OFF' if os.environ.get('UNET_FAST_CUDA') == '0' else 'ON'}",
+        ]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
+            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+
+    def get_source_files(self):
+        return ["CMakeLists.txt", *(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+
+
+setup(
+    # The extension itself is CMake's; naming it makes the wheel one for this platform and this Python.
+    ext_modules=[Extension("unet_fast._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

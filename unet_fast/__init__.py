@@ -1,0 +1,21 @@
+"""unet_fast: a U-Net on fused ops for TensorFlow and Keras.
+
+>>> from unet_fast import FusedUNet
+>>> model = FusedUNet(input_shape=(64, 64, 1), filters=4, depth=2, padding="same")
+>>> model.output_shape
+(None, 64, 64, 2)
+"""
+
+import keras as _keras
+
+if _keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"unet_fast needs Keras on TensorFlow, found KERAS_BACKEND={_keras.backend.backend()}; "
+        "set KERAS_BACKEND=tensorflow before keras is first imported"
+    )
+
+from unet_fast import layers, losses, metrics, ops, reference
+from unet_fast.models import FusedUNet
+
+__version__ = "0.1.0"
+__all__ = ["FusedUNet", "layers", "losses", "metrics", "ops", "reference"]
