@@ -61,7 +61,11 @@ class EigenPool : public Eigen::ThreadPoolInterface {
 
 }  // namespace
 
+bool DirectConvServes(const ConvArgs& args);
+void DirectConv(ThreadPool& pool, const ConvArgs& args);
+
 void Conv(ThreadPool& pool, const ConvArgs& a) {
+  if (DirectConvServes(a)) return DirectConv(pool, a);
   using Tensor4 = Eigen::TensorMap<Eigen::Tensor<float, 4, Eigen::ColMajor, Index>>;
   // Column-major with reversed dimensions is row-major NHWC; Eigen's "rows" are then the width. Its packing code wants
   // maps of non-const floats but writes to neither input.

@@ -31,7 +31,11 @@ void Store(const float* source, void* target, int64_t count) {
 
 }  // namespace
 
+bool DirectWgradServes(const WgradArgs& args);
+void DirectWgrad(ThreadPool& pool, const WgradArgs& args);
+
 void Wgrad(ThreadPool& pool, const WgradArgs& a) {
+  if (DirectWgradServes(a)) return DirectWgrad(pool, a);
   using Eigen::OuterStride;
   using ConstMatrix = Eigen::Map<const Eigen::MatrixXf, 0, OuterStride<>>;
   using Matrix = Eigen::Map<Eigen::MatrixXf, 0, OuterStride<>>;
