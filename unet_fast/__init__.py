@@ -6,16 +6,22 @@
 (None, 64, 64, 2)
 """
 
-import keras as _keras
-
-if _keras.backend.backend() != "tensorflow":
-    raise ImportError(
-        f"unet_fast needs Keras on TensorFlow, found KERAS_BACKEND={_keras.backend.backend()}; "
-        "set KERAS_BACKEND=tensorflow before keras is first imported"
-    )
-
-from unet_fast import layers, losses, metrics, ops, reference
-from unet_fast.models import FusedUNet
+import sys as _sys
 
 __version__ = "0.1.0"
 __all__ = ["FusedUNet", "layers", "losses", "metrics", "ops", "reference"]
+
+# The command line answers --help and a mistyped option before it imports TensorFlow, whose import takes seconds.
+_for_command_line = _sys.argv[0].endswith("unet-fast") or "-m unet_fast" in " ".join(_sys.orig_argv[:3])
+
+if not _for_command_line:
+    import keras as _keras
+
+    if _keras.backend.backend() != "tensorflow":
+        raise ImportError(
+            f"unet_fast needs Keras on TensorFlow, found KERAS_BACKEND={_keras.backend.backend()}; "
+            "set KERAS_BACKEND=tensorflow before keras is first imported"
+        )
+
+    from unet_fast import layers, losses, metrics, ops, reference
+    from unet_fast.models import FusedUNet

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from unet_fast import _library
 from unet_fast.errors import UserError
+from unet_fast.reference import counted_classes
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 LABEL_DTYPES = (tf.uint8, tf.int32, tf.int64)
@@ -21,7 +22,9 @@ def _same_dtype(op, **tensors):
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     if len(set(dtypes.values())) > 1 or next(iter(dtypes.values())) not in DTYPES:
         got = ", ".join(f"{name} {dtype.name}" for name, dtype in dtypes.items())
-        raise UserError(f"{op}: expected one dtype of float32, float16 or bfloat16 for all inputs, got {got}; cast them")
+        raise UserError(
+            f"{op}: expected one dtype of float32, float16 or bfloat16 for all inputs, got {got}; cast them"
+        )
     return tensors
 
 
@@ -157,6 +160,7 @@ def dice_cross_entropy(
         float32 [batch].
 
     Raises:
+        UserError: no class is left for Dice to count.
         tf.errors.InvalidArgumentError: a label is neither a class nor ignored, or shapes do not fit.
 
     >>> import tensorflow as tf
@@ -174,6 +178,8 @@ def dice_cross_entropy(
         labels = tf.cast(labels, tf.int64)
     if not 0.0 <= label_smoothing < 1.0:
         raise UserError(f"{op}: expected label_smoothing in [0, 1), got {label_smoothing}")
+    if logits.shape.rank and logits.shape[-1] is not None:
+        counted_classes(logits.shape[-1], include_background, ignore_class)
     if class_weights is None:
         class_weights = tf.ones(tf.shape(logits)[-1:], tf.float32)
     loss, _, _ = _library.raw_ops().unet_fast_dice_cross_entropy(

@@ -63,11 +63,12 @@ void Pixels(const ConvArgs& a, const float* x_image, int64_t i, int64_t j, int64
   }
   for (int p = 0; p < P; ++p) {
     for (int v = 0; v < NV; ++v) {
+      const typename Vector<W>::Type zero = {};
       typename Vector<W>::Type value = acc[p][v];
-      if (a.relu) value = value < 0.0f ? value * 0.0f : value;  // keeps NaN
+      if (a.relu) value = value < zero ? zero : value;  // keeps NaN
       if (mask != nullptr) {
         const auto m = Load<W>(mask + p * a.co + v * W);
-        value = m > 0.0f ? value : value * 0.0f;
+        value = m > zero ? value : zero;
       }
       Store<W>(y + p * a.co + v * W, value);
     }

@@ -1,0 +1,56 @@
+# make demo: environment, build, and a U-Net trained on generated images.  make test: every test.  make help: the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: help demo test lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    build into $(VENV), train on synthetic images, evaluate, predict; results in $(DEMO)/"
+	@echo "make test    build into $(VENV) and run every test (TESTS=tests/test_ops.py: only those)"
+	@echo "make lint    ruff and clang-format, changing nothing;  make format: the same, mending"
+	@echo "make bench   the fused ops against stock Keras on this machine's CPU"
+	@echo "make clean   remove the build and $(VENV)"
+
+# The build's needs are installed first and the build then uses them (no isolation): pip would otherwise unpack a
+# second TensorFlow just for building.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "setuptools>=77" "tensorflow==2.21.*" numpy "pybind11>=2.13" "cmake>=3.24" ninja
+
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+$(VENV)/.installed: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/unet-fast train --data synthetic --out $(DEMO)/run --filters 8 --depth 3 --padding same --size 128 --steps 300 --batch 4
+	$(BIN)/unet-fast evaluate --run $(DEMO)/run
+	$(BIN)/python examples/synthetic_images.py $(DEMO)/new_images.tif
+	$(BIN)/unet-fast predict --run $(DEMO)/run --input $(DEMO)/new_images.tif --output $(DEMO)/segmentation.tif
+	@echo
+	@echo "Look at $(DEMO)/run/overlays.png (image, truth, prediction) and $(DEMO)/run/curves.png;"
+	@echo "the segmentation of images the model has never seen is $(DEMO)/segmentation.tif."
+
+TESTS ?=
+test: $(VENV)/.installed
+	$(BIN)/pytest $(TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/cpu_step.py
+
+clean:
+	rm -rf build $(VENV) unet_fast/*.so

@@ -1,0 +1,271 @@
+"""The folder of a run: what lies where, who may write to it, and how training goes on from it.
+
+    model.keras    the best model so far, by the mean hard Dice on the validation fold
+    last/          state.npz: everything that training needs to go on as if it had never stopped
+    config.json    the options, and what the model has to know about its data
+    split.json     the folds         history.csv    a line an evaluation
+    metrics.json   of model.keras    curves.png, overlays.png
+
+Every file is written beside its place and moved there, so that a reader and a kill find the old or the new one, whole.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from unet_fast.config import TrainConfig, read_options
+from unet_fast.data.files import atomic_path
+from unet_fast.errors import UserError
+from unet_fast.models import FusedUNet
+
+MODEL, STATE, CONFIG, SPLIT = "model.keras", "last/state.npz", "config.json", "split.json"
+HISTORY, METRICS, CURVES, OVERLAYS = "history.csv", "metrics.json", "curves.png", "overlays.png"
+_LOCK = ".lock"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFacts:
+    """What a trained model has to know about the images that it was trained on.
+
+    Attributes:
+        layout, num_classes, value_range: as in `unet_fast.data.DatasetSpec`.
+        image_shape: (height, width, channels) of an image before it was resized.
+        image_dtype: "uint8", "uint16" or "float32".
+    """
+
+    layout: str
+    num_classes: int
+    value_range: tuple[float, float]
+    image_shape: tuple[int, int, int]
+    image_dtype: str
+
+    @classmethod
+    def of(cls, dataset):
+        """The facts of a `unet_fast.data.Dataset`."""
+        spec = dataset.spec
+        return cls(
+            spec.layout, spec.num_classes, spec.value_range, tuple(dataset.images.shape[1:]), dataset.images.dtype.name
+        )
+
+    def check(self, images, name):
+        """Raises UserError unless images [..., H, W, C] have the channels and the type of those trained on."""
+        channels = self.image_shape[2]
+        if images.shape[-1] != channels or images.dtype.name != self.image_dtype:
+            raise UserError(
+                f"{name}: expected images like the training's, {self.image_dtype} with {channels} channel(s), got "
+                f"{images.dtype.name} with {images.shape[-1]}; convert them"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run: `model` (the best), its options and its data's facts."""
+
+    path: Path
+    model: FusedUNet
+    config: TrainConfig
+    facts: DataFacts
+
+
+def load_run(path):
+    """Load a run to use its model.
+
+    Args:
+        path: folder that `unet-fast train` wrote.
+
+    Returns:
+        Run.
+
+    Raises:
+        UserError: no such folder, no run in it, no model yet, or a damaged file.
+    """
+    path = Path(path)
+    config, facts = load_config(path)
+    if not (path / MODEL).is_file():
+        raise UserError(f"{path}: holds no {MODEL} yet; train until the first evaluation")
+    try:
+        model = keras.models.load_model(path / MODEL)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path / MODEL}: damaged, or of another version ({_one_line(error)}); train again") from error
+    set_jit(model, config)
+    return Run(path, model, config, facts)
+
+
+def set_jit(model, config):
+    """Makes `model.jit_compile`, which Keras decides by itself where it is not set, what the options say."""
+    if config.jit != "auto":
+        model.jit_compile = config.jit == "on"
+
+
+def save_config(path, config, facts, version):
+    """Write a run's config.json."""
+    content = {**dataclasses.asdict(config), "dataset": dataclasses.asdict(facts), "version": version}
+    write_json(path / CONFIG, content)
+
+
+def load_config(path):
+    """Read a run's config.json: (TrainConfig, DataFacts).
+
+    Raises:
+        UserError: no run there, or a damaged file.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        found = "no such folder" if not path.exists() else f"no {CONFIG} in it"
+        raise UserError(f"{path}: expected the folder of a run, found {found}; give the --out of `unet-fast train`")
+    options = read_options(file)
+    try:
+        facts = read_json(file)["dataset"]
+        facts = DataFacts(**{key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()})
+        return TrainConfig(**options), facts
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: not the config of a run ({_one_line(error)}); restore it") from error
+
+
+def check_new(path):
+    """Raises UserError unless `path` can become the folder of a new run: there is none, or an empty one."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: expected a folder for the run, found a file; choose another name")
+    if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
+        mend = "go on with --resume, or choose another folder" if (path / CONFIG).exists() else "choose another folder"
+        raise UserError(f"{path}: expected a new or empty folder for the run, found files in it; {mend}")
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold a run's folder, made if need be, so that no other process trains into it.
+
+    The lock is the kernel's and ends with its holder, however that ends; the file that stays behind means nothing.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / _LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror}); choose another folder") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(
+                f"{path}: in use by process {holder}; wait until it ends, or choose another folder"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be locked ({error.strerror}); choose a folder on another disk") from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def save_state(path, model, optimizer, progress):
+    """Write all that training needs to go on, in one file.
+
+    Args:
+        path: folder of the run.
+        model: FusedUNet, whose variables hold the state of its dropout beside the weights.
+        optimizer: built keras.optimizers.Optimizer.
+        progress: what the loop itself remembers, as JSON takes it.
+    """
+    arrays = {f"model_{i}": np.asarray(v) for i, v in enumerate(model.variables)}
+    arrays |= {f"optimizer_{i}": np.asarray(v) for i, v in enumerate(optimizer.variables)}
+    (path / STATE).parent.mkdir(exist_ok=True)
+    with atomic_path(path / STATE, overwrite=True) as temporary:
+        np.savez(temporary, progress=np.array(json.dumps(progress)), **arrays)
+
+
+def load_state(path, model, optimizer):
+    """Put back what `save_state` wrote.
+
+    Returns:
+        progress, or None where no state was saved yet.
+
+    Raises:
+        UserError: the file is damaged, or of another network.
+    """
+    file = path / STATE
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            arrays = dict(saved)
+        progress = json.loads(str(arrays.pop("progress")))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: damaged ({_one_line(error)}); restore it, or start a new run") from error
+    targets = {f"model_{i}": v for i, v in enumerate(model.variables)}
+    targets |= {f"optimizer_{i}": v for i, v in enumerate(optimizer.variables)}
+    if {name: a.shape for name, a in arrays.items()} != {name: tuple(v.shape) for name, v in targets.items()}:
+        raise UserError(f"{file}: holds the state of another network; restore it, or start a new run")
+    for name, variable in targets.items():
+        variable.assign(arrays[name])
+    return progress
+
+
+def write_json(path, content):
+    """Write a JSON file, whole or not at all, in place of one that is there."""
+    with atomic_path(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or damaged ({_one_line(error)}); restore it") from error
+
+
+def write_history(path, rows):
+    """Write a run's history.csv: a dict a row, all with the same keys; None is an empty cell."""
+    with atomic_path(path / HISTORY, overwrite=True) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_history(path):
+    """Read a run's history.csv, [] if there is none: a dict a row of numbers, None for an empty cell.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = path / HISTORY
+    if not file.exists():
+        return []
+    try:
+        with file.open(newline="") as lines:
+            rows = [{key: _number(cell) for key, cell in row.items()} for row in csv.DictReader(lines, strict=True)]
+        if any("step" not in row for row in rows):
+            raise ValueError("no column step")
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{file}: not a history of a run ({_one_line(error)}); restore it") from error
+    return rows
+
+
+def _number(cell):
+    if cell == "":
+        return None
+    value = float(cell)
+    return int(cell) if cell.lstrip("-").isdigit() else value
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:160] or type(error).__name__

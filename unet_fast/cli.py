@@ -1,0 +1,277 @@
+"""The command line, `unet-fast`: train, evaluate, predict, info.
+
+TensorFlow is imported only once the arguments are known to be good, so that help and a mistyped option answer at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import tempfile
+
+from unet_fast import __version__
+from unet_fast.config import TrainConfig, flag, read_options
+from unet_fast.errors import UserError
+
+_DESCRIPTIONS = {
+    "data": "A data folder is ISBI-2012's three TIFFs, or images/ and masks/ with equal names.",
+    "network": "The defaults are the network of the U-Net paper: 572 pixels in, 388 out.",
+    "training": "The defaults are the recipe of NVIDIA's UNet_Medical.",
+    "engine": None,
+}
+
+
+def main(argv=None):
+    """Run a command.
+
+    Args:
+        argv: arguments without the program's name; None for the process's own.
+
+    Returns:
+        exit status: 0; 1 if info's self-test fails; 2 for a mistake of the user's, which one line on standard error explains;
+        128 and the signal's number if a signal ended it.
+
+    >>> from unet_fast.cli import main
+    >>> main(["evaluate", "--run", "no/such/run"])
+    2
+    """
+    try:
+        options = _parser().parse_args(argv)
+        _prepare_tensorflow()
+        return options.command(options) or 0
+    except UserError as error:
+        return _fail(error)
+    except OSError as error:  # a full disk, a folder that vanished
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except KeyboardInterrupt as error:
+        print(f"unet-fast: {error or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "signum", 2)
+
+
+def _fail(message):
+    print(f"unet-fast: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    return 2
+
+
+def _prepare_tensorflow():
+    """Imports TensorFlow without its start-up messages, unless the user has set how much of them to see."""
+    os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other programs run on
+    if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # which counts only from somewhere within the import on
+    with _stderr_held_back():
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()  # a machine without a GPU says so at length
+    tf.get_logger().setLevel("ERROR")
+
+
+@contextlib.contextmanager
+def _stderr_held_back():
+    """Keeps what C++ code writes to standard error, too, from showing, but for an error's sake."""
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            held.seek(0)
+            os.write(shown, held.read())
+            raise
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser():
+    parser = _Parser(
+        prog="unet-fast", description="Train, check and use U-Nets for image segmentation.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"unet-fast {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name, run, help, description):
+        added = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+        added.set_defaults(command=run)
+        return added
+
+    _add_train(
+        command(
+            "train",
+            _train,
+            "train a network on a folder of images and masks",
+            "Train a network. RUN receives the best model, a checkpoint to resume from, the scores, and pictures of both.",
+        )
+    )
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "score a trained network",
+        "Score a run's best model on its validation fold, and record that in RUN/metrics.json; or on another data folder.",
+    )
+    _add_run(evaluate)
+    evaluate.add_argument("--data", metavar="DIR", help="score all images of this folder instead, with their masks")
+    evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    predict = command(
+        "predict",
+        _predict,
+        "segment new images",
+        "Segment images of any size with a run's best model. Labels are class indices, or 0 and 255 for two classes.",
+    )
+    _add_run(predict)
+    predict.add_argument("--input", metavar="PATH", required=True, help="TIFF or PNG file, or a folder of them")
+    predict.add_argument(
+        "--output", metavar="PATH", required=True, help="file or folder to write; nothing there is overwritten"
+    )
+    predict.add_argument(
+        "--tile", metavar="N", type=int, help="side of the network's input in pixels (default: as in training)"
+    )
+    predict.add_argument(
+        "--overlap",
+        metavar="SHARE",
+        type=float,
+        help="share of a tile that the next one covers again, in [0, 1) (default: 0.5 for padding same; 0 for valid, "
+        "whose tiles need none)",
+    )
+    predict.add_argument("--tta", action="store_true", help="average over four flips: slower, a little better")
+    predict.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="write each class's probability, as float32 TIFF, instead of labels",
+    )
+
+    info = command(
+        "info",
+        _info,
+        "say what is installed, what runs here, and test it",
+        "Say what was built, what this machine has and what will run on it, and test every op. Exit status 1 if one fails.",
+    )
+    info.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def _add_run(parser):
+    parser.add_argument("--run", metavar="RUN", required=True, help="folder that `unet-fast train` wrote")
+
+
+def _add_train(parser):
+    parser.add_argument("--out", metavar="RUN", default=argparse.SUPPRESS, help="folder to write; new or empty")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in RUN, with its own options; only --data, --steps, --jit and --backend may be given anew",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help='JSON object of these options, such as {"steps": 300, "eval_every": 50}; the command line wins over it',
+    )
+    groups = {}
+    for field in dataclasses.fields(TrainConfig):
+        about = field.metadata
+        if about["group"] not in groups:
+            groups[about["group"]] = parser.add_argument_group(about["group"], _DESCRIPTIONS[about["group"]])
+        text = about["help"]
+        if field.default not in (None, dataclasses.MISSING) and about["kind"] is not bool:
+            text += f" (default: {field.default})"
+        # What is not given is absent, so that a config file's value is not overruled by a default.
+        arguments = {"default": argparse.SUPPRESS, "help": text}
+        if about["kind"] is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            arguments |= {"type": about["kind"], "metavar": about["metavar"], "choices": about["choices"]}
+        groups[about["group"]].add_argument(flag(field), **arguments)
+
+
+def _train(options):
+    from unet_fast import checkpoints, training
+
+    given = read_options(options.config, extra=("out",)) if options.config else {}
+    given |= {key: value for key, value in vars(options).items() if key not in ("command", "config", "resume")}
+    out = given.pop("out", None)
+    if out is None:
+        raise UserError("train: expected --out RUN, the folder to write; give it")
+    if options.resume:
+        config = checkpoints.load_config(out)[0].resumed(given)
+    elif "data" not in given:
+        raise UserError("train: expected --data, a data folder or the word synthetic; give it")
+    else:
+        config = TrainConfig(**given)
+    scores = training.train(config, out, resume=options.resume)
+    _print_scores(scores, f"{out}/{checkpoints.MODEL}, step {scores['step']}, validation fold {scores['fold']}")
+
+
+def _evaluate(options):
+    from unet_fast import training
+
+    scores = training.evaluate_run(options.run, options.data)
+    if options.json:
+        _print_json(scores)
+    else:
+        what = options.data or f"validation fold {scores['fold']}"
+        _print_scores(scores, f"{options.run}, {what}, {scores['samples']} images")
+
+
+def _print_scores(scores, title):
+    import rich.console
+    import rich.table
+
+    table = rich.table.Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = f"cross-entropy {scores['cross_entropy']:.4f}, soft Dice {scores['soft_dice']:.4f}"
+    for heading, justify in (("class", "left"), ("Dice", "right"), ("IoU", "right")):
+        table.add_column(heading, justify=justify)
+    for k, (dice, iou) in enumerate(zip(scores["dice_per_class"], scores["iou_per_class"], strict=True)):
+        table.add_row(str(k), f"{dice:.4f}", f"{iou:.4f}")
+    table.add_section()
+    table.add_row("mean", f"{scores['dice']:.4f}", f"{scores['iou']:.4f}")
+    rich.console.Console().print(table)
+
+
+def _print_json(content):
+    import json
+
+    print(json.dumps(content, indent=1))
+
+
+def _predict(options):
+    import rich.console
+    import rich.progress
+
+    from unet_fast import checkpoints, inference
+
+    run = checkpoints.load_run(options.run)
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("predicting", total=None)
+        written = inference.predict_files(
+            run,
+            options.input,
+            options.output,
+            tile=options.tile,
+            overlap=options.overlap,
+            tta=options.tta,
+            probabilities=options.probabilities,
+            on_start=lambda files: progress.update(task, total=files),
+            on_progress=lambda done: progress.update(task, completed=done),
+        )
+    print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} files to {options.output}")
+
+
+def _info(options):
+    from unet_fast import info
+
+    collected = info.collect()
+    if options.json:
+        _print_json(collected)
+    else:
+        info.show(collected)
+    return 0 if collected["self_test_passed"] else 1

@@ -1,0 +1,137 @@
+"""Cross-validation folds, and the file that keeps them.
+
+`"partition"` validates every sample exactly once. `"nvidia"` gives the folds of UNet_Medical's published scores, which
+overlap: indices shuffled with a seed, rotated by int((1 - 0.8) * n) a fold, the last fifth for validation. In floating
+point that is 5 of ISBI's 30 sections, while a fifth is 6, so neighbouring folds share a section.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from unet_fast.data.files import atomic_path
+from unet_fast.errors import UserError
+
+SPLITS = ("partition", "nvidia")
+
+
+def folds(num_samples, *, num_folds=5, split="partition", seed=0):
+    """Training and validation indices of each fold.
+
+    Args:
+        num_samples: n, the number of samples.
+        num_folds: number of folds, at least 2.
+        split: `"partition"` or `"nvidia"`.
+        seed: seed of the shuffling, 0 to 2^32 - 1; UNet_Medical's scores used 0.
+
+    Returns:
+        list of `num_folds` pairs `(train_indices, validation_indices)`, int64 arrays `[.]` in ascending order, disjoint
+        and together all n.
+
+    Raises:
+        UserError: an argument is out of range, or there are too few samples for the split.
+
+    Example:
+
+    >>> from unet_fast.crossval import folds
+    >>> [len(validation) for _, validation in folds(30)]
+    [6, 6, 6, 6, 6]
+    >>> first, second = (set(validation.tolist()) for _, validation in folds(30, split="nvidia")[:2])
+    >>> len(first & second)
+    1
+    """
+    if split not in SPLITS:
+        raise UserError(f"expected a split of {' or '.join(SPLITS)}, got {split!r}")
+    if num_folds < 2:
+        raise UserError(f"expected at least 2 folds, got {num_folds}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")
+    # The published folds come from NumPy's old generator, whose streams are frozen.
+    order = np.arange(num_samples, dtype=np.int64)
+    np.random.RandomState(seed).shuffle(order)
+    if split == "partition":
+        if num_samples < num_folds:
+            raise UserError(
+                f"expected at least {num_folds} samples for {num_folds} folds, got {num_samples}; use fewer folds"
+            )
+        validations = np.array_split(order, num_folds)
+    else:
+        shift, first = int((1 - 0.8) * num_samples), int(0.8 * num_samples)
+        if shift < 1:
+            raise UserError(
+                f"expected at least 6 samples for the nvidia split, got {num_samples}, and all folds would be equal; "
+                "use partition"
+            )
+        validations = [np.roll(order, fold * shift)[first:] for fold in range(num_folds)]
+    everything = np.arange(num_samples, dtype=np.int64)
+    return [(np.setdiff1d(everything, validation), np.sort(validation)) for validation in validations]
+
+
+def save_split(path, folds, names):
+    """Write folds to a JSON file, in place of one that is there; it appears whole or not at all.
+
+    Args:
+        path: file to write, by custom `split.json`.
+        folds: as `folds` returns them.
+        names: the samples' names, `Dataset.names`; indices mean nothing without them.
+
+    Raises:
+        UserError: the folder is missing or cannot be written to.
+
+    Example:
+
+    >>> import tempfile
+    >>> from unet_fast.crossval import folds, load_split, save_split
+    >>> path = tempfile.mkdtemp() + "/split.json"
+    >>> names = [f"cell{i}" for i in range(6)]
+    >>> save_split(path, folds(6, num_folds=3), names)
+    >>> len(load_split(path, names))
+    3
+    """
+    content = {
+        "names": list(names),
+        "folds": [{"train": train.tolist(), "validation": validation.tolist()} for train, validation in folds],
+    }
+    with atomic_path(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_split(path, names):
+    """Read folds that `save_split` wrote, for the same samples.
+
+    Args:
+        path: file to read.
+        names: names of the samples at hand, `Dataset.names`.
+
+    Returns:
+        list of `(train_indices, validation_indices)`, as `folds`.
+
+    Raises:
+        UserError: the file is missing or no split file, was made for other samples, or a fold is empty, names a sample
+            twice or one that is not there.
+
+    Example: see `save_split`.
+    """
+    mend = "delete it to have a new one drawn, or give the data it was made for"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved, pairs = content["names"], [(fold["train"], fold["validation"]) for fold in content["folds"]]
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the split file ({error.strerror}); check the path") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a split file ({' '.join(str(error).split())}); {mend}") from error
+    names = list(names)
+    if saved != names:
+        count = len(saved) if isinstance(saved, list) else 0
+        raise UserError(f"{path}: made for other data ({count} samples, here {len(names)}, or other names); {mend}")
+    if not pairs:
+        raise UserError(f"{path}: expected at least one fold, got none; {mend}")
+    for number, pair in enumerate(pairs):
+        for part in pair:
+            if not isinstance(part, list) or not part or not all(type(index) is int for index in part):
+                raise UserError(f"{path}: fold {number} is not two lists of sample numbers; {mend}")
+        used = pair[0] + pair[1]
+        if len(set(used)) != len(used) or min(used) < 0 or max(used) >= len(names):
+            raise UserError(f"{path}: fold {number} names a sample twice or one that is not there; {mend}")
+    return [(np.array(train, np.int64), np.array(validation, np.int64)) for train, validation in pairs]

@@ -1,0 +1,61 @@
+"""Writing a file so that a reader never sees half of it."""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from unet_fast.errors import UserError
+
+
+@contextmanager
+def atomic_path(path, *, overwrite):
+    """Give a temporary path beside `path`; move it there when the block ends, remove it when the block raises.
+
+    The name a reader knows holds the old file or the whole new one, also after a kill or a full disk.
+
+    Args:
+        path: where the file shall be; its folder must exist.
+        overwrite: whether a file that is there already may be replaced.
+
+    Yields:
+        pathlib.Path of the temporary file, with the same suffix.
+
+    Raises:
+        UserError: the folder is missing or not writable, `path` is a folder, or `path` exists and `overwrite` is false.
+
+    Example:
+
+    >>> import tempfile
+    >>> from unet_fast.data.files import atomic_path
+    >>> target = Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with atomic_path(target, overwrite=False) as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> target.read_text()
+    'whole'
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: expected a file name to write, got a folder; name a file in it")
+    if not overwrite and path.exists():
+        raise UserError(f"{path}: the file exists already; move it away or choose another name")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror}); make the folder or choose another") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

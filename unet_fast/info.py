@@ -1,0 +1,238 @@
+"""What this installation is, what this machine has, what will run on it and why, and whether it works."""
+
+import platform
+from pathlib import Path
+
+import keras
+import numpy as np
+import rich.console
+import rich.markup
+import rich.table
+import tensorflow as tf
+
+from unet_fast import __version__, _library, ops, reference
+from unet_fast._fingerprint import source_fingerprint
+from unet_fast.errors import UserError
+from unet_fast.layers import use_fused
+
+_ROUNDING = {"float32": 2e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # float32: sums of 200 terms in another order
+_DTYPES = tuple(_ROUNDING)
+
+
+def collect():
+    """All that `unet-fast info` says, as JSON takes it.
+
+    Returns:
+        dict: `versions` of unet_fast, tensorflow, keras, numpy and python; `library`: available, reason (why not), cuda;
+        `build`: what `unet_fast._native` says of itself, or None; `source`: fingerprint of the native sources beside the
+        package, or None where it is installed without them, and whether the build is of them; `gpus` that TensorFlow sees;
+        `engines`: what backend "auto" takes for each dtype here, and why; `self_test`: a record an op and dtype;
+        `self_test_passed`.
+
+    >>> from unet_fast import info
+    >>> sorted(info.collect())
+    ['build', 'engines', 'gpus', 'library', 'self_test', 'self_test_passed', 'source', 'versions']
+    """
+    library, build = _library.status(), _build()
+    fingerprint = source_fingerprint(Path(__file__).parent.parent)
+    tests = self_test()
+    return {
+        "versions": {
+            "unet_fast": __version__,
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "library": library._asdict(),
+        "build": build,
+        "source": {
+            "fingerprint": fingerprint,
+            "matches_build": None if fingerprint is None or build is None else fingerprint == build["fingerprint"],
+        },
+        "gpus": [_gpu(device) for device in tf.config.list_physical_devices("GPU")],
+        "engines": {dtype: _engine(dtype) for dtype in _DTYPES},
+        "self_test": tests,
+        "self_test_passed": all(test["passed"] for test in tests),
+    }
+
+
+def _build():
+    try:
+        from unet_fast import _native
+    except ImportError:
+        return None
+    gpus, gpus_missing = _native.gpu_devices()
+    return {
+        "tensorflow": _native.tensorflow_version,
+        "compiler": _native.compiler,
+        "cuda": _native.cuda,
+        "cuda_version": _native.cuda_version or None,
+        "cuda_architectures": [a for a in _native.cuda_architectures.replace(",", ";").split(";") if a],
+        "cpu_isa": _native.cpu_isa(),
+        "gpu_devices": gpus,
+        "gpu_devices_missing": gpus_missing or None,
+        "fingerprint": _native.fingerprint,
+    }
+
+
+def _gpu(device):
+    details = tf.config.experimental.get_device_details(device)
+    capability = details.get("compute_capability")
+    return {
+        "name": details.get("device_name", device.name),
+        "compute_capability": None if capability is None else ".".join(map(str, capability)),
+    }
+
+
+def _engine(dtype):
+    """What backend "auto" takes for a dtype, and why: the reasons of `unet_fast.layers.use_fused` in words."""
+    library, gpu = _library.status(), bool(tf.config.list_physical_devices("GPU"))
+    try:
+        fused = use_fused("auto", dtype)
+    except UserError as error:  # UNET_FAST_REQUIRE_KERNELS=1
+        return {"engine": None, "why": str(error)}
+    if fused:
+        why = "a GPU and a build with CUDA" if gpu else "no GPU; on a CPU the fused ops are the faster ones in float32"
+    elif not library.available:
+        why = library.reason
+    elif gpu:
+        why = "this machine has a GPU and the library was built without CUDA"
+    else:
+        why = "no GPU; on a CPU stock TensorFlow is the faster in half precision"
+    return {"engine": "fused" if fused else "stock", "why": why}
+
+
+def self_test():
+    """Run every op, forward and backward, on a small example in every dtype, and compare it with `unet_fast.reference`.
+
+    An op passes if it is at most twice as far from the float32 reference as stock TensorFlow in the op's own dtype is, up to a
+    rounding of the largest value, as the FlashAttention tests have it.
+
+    Returns:
+        list of dict: `op`, `dtype`, `device`, `passed`, and `detail`, the error or what it raised.
+
+    >>> from unet_fast import info
+    >>> sorted({test["op"] for test in info.self_test()})
+    ['conv2d_bias_relu', 'conv2d_transpose_bias_relu', 'dice_cross_entropy', 'max_pool2d']
+    """
+    library = _library.status()
+    device = "GPU:0" if library.cuda and tf.config.list_physical_devices("GPU") else "CPU:0"
+    tests = []
+    for op, (inputs, call) in _examples().items():
+        for dtype in _DTYPES:
+            if library.available:
+                passed, detail = _compare(inputs, call, dtype, device)
+            else:
+                passed, detail = False, f"not available: {library.reason}"
+            tests.append({"op": op, "dtype": dtype, "device": device, "passed": passed, "detail": detail})
+    return tests
+
+
+def _examples():
+    """Of each op, float32 inputs to differentiate by, and a call of it in a module: ops or reference."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    # Labels and pixels far apart: the classes' order and a pool's maximum must not hang on a rounding.
+    labels = rng.integers(0, 3, (2, 12, 12)).astype(np.uint8)
+    pixels = rng.permutation(2 * 12 * 12 * 8).reshape(2, 12, 12, 8).astype(np.float32) % 251 / 16
+    return {
+        "conv2d_bias_relu": (
+            (normal(2, 12, 12, 8), normal(3, 3, 16, 16), normal(16), normal(2, 16, 16, 8)),
+            lambda module, x, kernel, bias, skip: module.conv2d_bias_relu(x, kernel, bias, skip, pool=True),
+        ),
+        "conv2d_transpose_bias_relu": (
+            (normal(2, 6, 6, 16), normal(3, 3, 8, 16), normal(8)),
+            lambda module, x, kernel, bias: module.conv2d_transpose_bias_relu(x, kernel, bias),
+        ),
+        "max_pool2d": ((pixels,), lambda module, x: module.max_pool2d(x)),
+        "dice_cross_entropy": (
+            (normal(2, 12, 12, 3),),
+            lambda module, logits: module.dice_cross_entropy(labels, logits),
+        ),
+    }
+
+
+def _compare(inputs, call, dtype, device):
+    """(whether an op is right, its error in words)."""
+    try:
+        with tf.device(device):
+            # Rounded to the dtype first, so that all three see the same inputs.
+            inputs = [tf.cast(tf.cast(value, dtype), tf.float32) for value in inputs]
+            exact = _values(reference, call, inputs, "float32")
+            stock = _values(reference, call, inputs, dtype)
+            fused = _values(ops, call, inputs, dtype)
+    except (tf.errors.OpError, UserError, ImportError) as error:
+        return False, " ".join(str(error).split())[:200]
+    worst = 0.0
+    for e, s, f in zip(exact, stock, fused, strict=True):
+        allowed = 2 * np.abs(s - e).max() + np.abs(e).max() * _ROUNDING[dtype]
+        if f.shape != e.shape or not np.isfinite(f).all():
+            return False, f"a result is not finite, or of shape {f.shape} instead of {e.shape}"
+        worst = max(worst, float(np.abs(f - e).max() / allowed))
+    return worst <= 1, f"error {worst:.2f} of what is allowed"
+
+
+def _values(module, call, inputs, dtype):
+    """Outputs and gradients of a call in a dtype, as float32 arrays."""
+    inputs = [tf.cast(value, dtype) for value in inputs]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = tf.nest.flatten(call(module, *inputs))
+        total = tf.add_n([tf.reduce_sum(tf.cast(output, tf.float32)) for output in outputs])
+    return [tf.cast(value, tf.float32).numpy() for value in (*outputs, *tape.gradient(total, inputs))]
+
+
+def show(collected):
+    """Print what `collect` returned, as tables."""
+    console = rich.console.Console(highlight=False)
+    versions, library, build, source = (collected[key] for key in ("versions", "library", "build", "source"))
+
+    table = rich.table.Table.grid(padding=(0, 2))
+
+    def row(name, text):
+        table.add_row(name, rich.markup.escape(str(text)))
+
+    row("unet_fast", f"{versions['unet_fast']}, Python {versions['python']}, NumPy {versions['numpy']}")
+    row("TensorFlow", f"{versions['tensorflow']}, Keras {versions['keras']}")
+    row("fused ops", "available" if library["available"] else f"not available: {library['reason']}")
+    if build:
+        cuda = "without CUDA"
+        if build["cuda"]:
+            cuda = f"with CUDA {build['cuda_version']} for {', '.join(build['cuda_architectures'])}"
+        row("built", f"by {build['compiler']} for TensorFlow {build['tensorflow']}, {cuda}")
+        row("sources", f"{build['fingerprint']}{_source_text(source)}")
+        row("CPU kernels", build["cpu_isa"])
+        if build["gpu_devices_missing"]:
+            row("CUDA devices", f"none: {build['gpu_devices_missing']}")
+        for gpu in build["gpu_devices"]:
+            memory = gpu["memory_bytes"] / 2**30
+            row("CUDA device", f"{gpu['name']}, compute capability {gpu['compute_capability']}, {memory:.0f} GiB")
+    row("GPUs", ", ".join(gpu["name"] for gpu in collected["gpus"]) or "none that TensorFlow sees")
+    for dtype, engine in collected["engines"].items():
+        row(f"auto, {dtype}", f"{engine['engine'] or 'error'}: {engine['why']}")
+    console.print(table)
+
+    results = rich.table.Table(title="self-test", title_justify="left")
+    for heading in ("op", *_DTYPES):
+        results.add_column(heading)
+    by_op = {}
+    for test in collected["self_test"]:
+        by_op.setdefault(test["op"], []).append("ok" if test["passed"] else f"FAILED: {test['detail']}")
+    for op, cells in by_op.items():
+        results.add_row(op, *map(rich.markup.escape, cells))
+    console.print(results)
+    console.print(
+        f"on {collected['self_test'][0]['device']}: {'passed' if collected['self_test_passed'] else 'FAILED'}"
+    )
+
+
+def _source_text(source):
+    if source["matches_build"] is None:
+        return ""
+    return (
+        ", those in this folder" if source["matches_build"] else f", NOT those in this folder ({source['fingerprint']})"
+    )

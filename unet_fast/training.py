@@ -1,0 +1,482 @@
+"""Training a network into the folder of a run, and evaluating one.
+
+The recipe is NVIDIA's UNet_Medical's: cross-entropy plus soft Dice plus half the squared norm of all weights and biases times
+5e-4, Adam with 1e-4, batches of 8 for 6400 steps. The loop is explicit rather than `Model.fit`, which reads the loss back after
+every step to show it and so keeps a fast GPU waiting, and which knows no step to stop and to go on at but an epoch's last.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import rich.console
+import rich.progress
+import tensorflow as tf
+
+from unet_fast import __version__, checkpoints, crossval, report
+from unet_fast.data import evaluation_dataset, load_dataset, training_dataset
+from unet_fast.errors import UserError
+from unet_fast.layers import use_fused
+from unet_fast.losses import DiceCrossEntropy
+from unet_fast.metrics import Dice
+from unet_fast.models import FusedUNet
+from unet_fast.models.geometry import nearest_input_sizes
+
+_REFERENCE_SIZE = 572  # of the paper's and UNet_Medical's input, which unpadded networks of depth 1 to 5 all take
+_REFRESH = 1.0  # seconds between looks at the loss, each of which waits for the device
+_OVERLAYS = 4  # validation images in overlays.png
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was told to stop by a signal, and did so after its step; `signum` is the signal."""
+
+    def __init__(self, message, signum):
+        super().__init__(message)
+        self.signum = signum
+
+
+@keras.saving.register_keras_serializable(package="unet_fast")
+class AdamL2(keras.optimizers.Adam):
+    """Adam on a loss that has the term l2 / 2 * (sum of the squares of all variables), biases too.
+
+    The term enters where its gradient, l2 * variable, joins the others', so that it costs no pass of its own and neither the
+    model nor its loss know of it. It is not `weight_decay`, which bypasses Adam's moments (Loshchilov & Hutter, 2019).
+
+    Args:
+        learning_rate, **kwargs: as `keras.optimizers.Adam`.
+        l2: weight of the term.
+
+    >>> import keras
+    >>> from unet_fast.training import AdamL2
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> model.compile(AdamL2(1e-3, l2=5e-4), "mse")
+    """
+
+    def __init__(self, learning_rate=1e-4, l2=5e-4, name="adam_l2", **kwargs):
+        super().__init__(learning_rate, name=name, **kwargs)
+        self.l2 = l2
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(keras.ops.cast(gradient, variable.dtype) + self.l2 * variable, variable, learning_rate)
+
+    def get_config(self):
+        return {**super().get_config(), "l2": self.l2}
+
+
+class Evaluator:
+    """Scores of a model on one set of batches, compiled once for any number of evaluations.
+
+    Args:
+        model: FusedUNet.
+        batches: tf.data.Dataset of (images [N, H, W, C], class indices [N, Ho, Wo]), as `unet_fast.data.evaluation_dataset`.
+
+    Calling it returns a dict of floats: `cross_entropy`, a mean over the samples; `soft_dice` as UNet_Medical counts it, the mean
+    over samples and classes; `loss`, of the two; `dice` and `iou`, hard, over all pixels together, the mean over the classes; and
+    `dice_per_class` and `iou_per_class`, lists. `samples` is their number.
+    """
+
+    def __init__(self, model, batches):
+        classes = model.num_classes
+        cross_entropy = DiceCrossEntropy(dice_weight=0.0, reduction=None, backend=model.backend)
+        self._batches = batches
+        self._cross_entropy = keras.metrics.Mean()
+        self._soft_dice = Dice(classes, soft=True)
+        self._dice = [Dice(classes, class_id=k) for k in range(classes)]
+
+        @tf.function(jit_compile=model.jit_compile, reduce_retracing=True, autograph=False)
+        def update(images, labels):
+            logits = model(images, training=False)
+            self._cross_entropy.update_state(cross_entropy(labels, logits))
+            for metric in (self._soft_dice, *self._dice):
+                metric.update_state(labels, logits)
+
+        self._update = update
+
+    def __call__(self):
+        for metric in (self._cross_entropy, self._soft_dice, *self._dice):
+            metric.reset_state()
+        samples = 0
+        for images, labels in self._batches:
+            self._update(images, labels)
+            samples += images.shape[0]
+        cross_entropy, soft_dice = float(self._cross_entropy.result()), float(self._soft_dice.result())
+        dice = [float(metric.result()) for metric in self._dice]
+        iou = [d / (2 - d) for d in dice]  # |P and T| / |P or T|, of D = 2 |P and T| / (|P| + |T|)
+        return {
+            "samples": samples,
+            "loss": cross_entropy + 1 - soft_dice,
+            "cross_entropy": cross_entropy,
+            "soft_dice": soft_dice,
+            "dice": float(np.mean(dice)),
+            "iou": float(np.mean(iou)),
+            "dice_per_class": dice,
+            "iou_per_class": iou,
+        }
+
+
+def evaluate_run(path, data=None):
+    """Score a run's model, and record the scores in its metrics.json where they are those of its own validation fold.
+
+    Args:
+        path: folder of the run.
+        data: another data folder, all of whose images are scored; None for the run's validation fold.
+
+    Returns:
+        dict, as `Evaluator`.
+
+    Raises:
+        UserError: no run there, or data that do not suit its model.
+    """
+    run = checkpoints.load_run(path)
+    dataset = _load_labelled(data or run.config.data, num_classes=run.facts.num_classes)
+    run.facts.check(dataset.images, data or run.config.data)
+    if dataset.images.shape[1:3] != run.facts.image_shape[:2]:
+        got, trained = ("x".join(map(str, s)) for s in (dataset.images.shape[1:3], run.facts.image_shape[:2]))
+        raise UserError(
+            f"{data or run.config.data}: expected images of {trained} pixels like the training's, got {got}; "
+            "crop them, or use `unet-fast predict`"
+        )
+    dataset = dataset.with_value_range(run.facts.value_range)
+    if data is None:
+        indices = crossval.load_split(run.path / checkpoints.SPLIT, dataset.names)[run.config.fold][1]
+    else:
+        indices = np.arange(len(dataset.images))
+    scores = Evaluator(run.model, _evaluation_batches(run.model, dataset, indices, run.config.batch))()
+    if data is None:
+        history = checkpoints.read_history(run.path)
+        step = {"step": _best(history)["step"]} if history else {}
+        scores = {"fold": run.config.fold, **step, **scores}
+        checkpoints.write_json(run.path / checkpoints.METRICS, scores)
+    return scores
+
+
+def train(config, out, *, resume=False, console=None):
+    """Train a network into a folder, or go on with it.
+
+    Sets the global random seed. A first SIGINT or SIGTERM stops after the step at hand and saves it; a second one at once.
+
+    Args:
+        config: TrainConfig; to go on, the run's own from `TrainConfig.resumed`.
+        out: folder of the run, see `unet_fast.checkpoints`; new or empty, or to go on one that holds a run.
+        resume: go on with the run in `out`: same batches, same dropout, same weights as if it had never stopped.
+        console: rich.console.Console to report to; None for standard output.
+
+    Returns:
+        dict of the best model's scores, as in metrics.json.
+
+    Raises:
+        UserError: data, sizes or a folder that do not suit; another process at work there; training that diverged.
+        Interrupted: a signal came.
+    """
+    out = Path(out)
+    if not resume:
+        checkpoints.check_new(out)
+    dataset = _load_labelled(config.data)
+    facts = checkpoints.DataFacts.of(dataset)
+    config = _completed(config, facts)
+    folds = crossval.folds(len(dataset.images), num_folds=config.folds, split=config.split)
+    trainer = _Trainer(config, dataset, out, console or rich.console.Console())
+    with checkpoints.locked(out):
+        if resume:
+            if checkpoints.load_config(out)[1] != facts:
+                raise UserError(
+                    f"{config.data}: not the data that {out} was trained on; give --data with their new place"
+                )
+            folds = crossval.load_split(out / checkpoints.SPLIT, dataset.names)
+        else:
+            checkpoints.check_new(out)  # again, now that nobody else can fill it
+            crossval.save_split(out / checkpoints.SPLIT, folds, dataset.names)
+        checkpoints.save_config(out, config, facts, __version__)
+        return trainer.run(*folds[config.fold], resume=resume)
+
+
+def _load_labelled(data, num_classes=None):
+    dataset = load_dataset(data, num_classes=num_classes)
+    if dataset.masks is None:
+        raise UserError(f"{data}: holds images but no masks; training and evaluation need them, add a folder masks/")
+    return dataset
+
+
+def _completed(config, facts):
+    """The options with those that depend on the data or on others filled in, and the data's place made absolute."""
+    size, eval_every = config.size, config.eval_every
+    if size is None and config.padding == "valid":
+        size = _REFERENCE_SIZE
+    elif size is None:
+        side = min(facts.image_shape[:2])
+        size = nearest_input_sizes(side, config.depth, config.padding)[0]
+        if size is None:
+            raise UserError(
+                f"images of {side} pixels are too small to halve {config.depth} times; use a smaller --depth"
+            )
+    if eval_every is None:
+        eval_every = max(config.steps // 20, 1)
+    data = config.data if config.data == "synthetic" else str(Path(config.data).resolve())
+    return dataclasses.replace(config, data=data, size=size, eval_every=eval_every)
+
+
+def _evaluation_batches(model, dataset, indices, batch_size):
+    return evaluation_dataset(
+        dataset,
+        indices,
+        input_size=model.input_shape[1:3],
+        output_size=model.output_shape[1:3],
+        batch_size=batch_size,
+    )
+
+
+def _best(history):
+    """The row of the history whose model was kept: the first with the highest mean Dice."""
+    return max(history, key=lambda row: row["val_dice"])
+
+
+class _Trainer:
+    """The model, the optimizer and the loop of one call of `train`."""
+
+    def __init__(self, config, dataset, out, console):
+        self.config, self.dataset, self.out, self.console = config, dataset, out, console
+        keras.utils.set_random_seed(config.seed)
+        self.model = FusedUNet(
+            (config.size, config.size, dataset.images.shape[3]),
+            num_classes=dataset.spec.num_classes,
+            filters=config.filters,
+            depth=config.depth,
+            padding=config.padding,
+            upsampling=config.upsampling,
+            dropout=config.dropout,
+            backend=config.backend,
+            dtype=config.precision,
+        )
+        checkpoints.set_jit(self.model, config)
+        self.fused = use_fused(config.backend, self.model.compute_dtype)
+        self.optimizer = AdamL2(config.lr, config.l2)
+        if config.precision == "mixed_float16":
+            self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
+        self.optimizer.build(self.model.trainable_variables)
+        self.step = 0
+        self.seconds = 0.0
+        self.losses = []  # of the steps since the last evaluation: floats, and at the end tensors not yet read
+        self.history = []
+
+    def run(self, training, validation, *, resume):
+        config = self.config
+        if resume:
+            self._restore()
+        batches = training_dataset(
+            self.dataset,
+            training,
+            input_size=config.size,
+            output_size=self.model.output_shape[1:3],
+            batch_size=config.batch,
+            seed=config.seed,
+            augment=config.augment,
+            start_step=self.step,
+        )
+        if tf.config.list_physical_devices("GPU"):
+            batches = batches.apply(tf.data.experimental.prefetch_to_device("GPU:0"))
+        validation_batches = _evaluation_batches(self.model, self.dataset, validation, config.batch)
+        evaluator = Evaluator(self.model, validation_batches)
+        self._say(
+            f"{len(training)} training and {len(validation)} validation images, fold {config.fold} of {config.folds}; "
+            f"{self.model.count_params():,} parameters, input {config.size}, output {self.model.output_shape[1]}; "
+            f"{config.precision}, {'fused' if self.fused else 'stock'} ops, XLA {'on' if self.model.jit_compile else 'off'}"
+        )
+        with _signals() as caught, self._progress() as show:
+            self._loop(iter(batches), evaluator, caught, show)
+        return self._finish(validation_batches)
+
+    def _loop(self, batches, evaluator, caught, show):
+        config, train_step = self.config, self._make_train_step()
+        begin, looked, first = time.monotonic() - self.seconds, time.monotonic(), None
+        while self.step < config.steps:
+            self.losses.append(train_step(*next(batches)))
+            self.step += 1
+            now = time.monotonic()
+            evaluate = self.step % config.eval_every == 0 or self.step == config.steps
+            if first is None:
+                # The first step traces, compiles and tunes: it says nothing about the speed.
+                self._read_losses()
+                first = (time.monotonic(), self.step)
+            if evaluate or caught or now - looked >= _REFRESH:
+                self._read_losses()
+                self._check_health()
+                looked = now = time.monotonic()
+                speed = (self.step - first[1]) * config.batch / (now - first[0]) if self.step > first[1] else None
+                show(self.losses[-1], speed)
+            self.seconds = now - begin
+            if evaluate:
+                self._evaluate(evaluator, speed)
+                self.seconds = time.monotonic() - begin
+                first = (time.monotonic(), self.step)
+                self._save()
+            if caught:
+                self._save()
+                raise Interrupted(
+                    f"stopped at step {self.step} of {config.steps}; go on with `unet-fast train --out {self.out} --resume`",
+                    caught[0],
+                )
+
+    def _make_train_step(self):
+        model, optimizer = self.model, self.optimizer
+        loss_fn = DiceCrossEntropy(backend=self.config.backend)
+
+        @tf.function(jit_compile=model.jit_compile, autograph=False)
+        def train_step(images, labels):
+            with tf.GradientTape() as tape:
+                loss = loss_fn(labels, model(images, training=True))
+                scaled = optimizer.scale_loss(loss)
+            variables = model.trainable_variables
+            optimizer.apply(tape.gradient(scaled, variables), variables)
+            return loss
+
+        return train_step
+
+    def _read_losses(self):
+        self.losses = [float(loss) for loss in self.losses]
+
+    @property
+    def _loss_scale(self):
+        scale = getattr(self.optimizer, "dynamic_scale", None)
+        return None if scale is None else float(scale)
+
+    def _check_health(self):
+        # With a loss scale, a step whose gradients are not finite is left out and the scale halved; only without end is that bad.
+        if self._loss_scale is None and not math.isfinite(sum(self.losses)):
+            raise self._diverged("the loss is not finite")
+        if self._loss_scale is not None and self._loss_scale < 1:
+            raise self._diverged(f"the loss scale fell to {self._loss_scale:g}, no step has finite gradients any more")
+
+    def _diverged(self, what):
+        best = (
+            f"{checkpoints.MODEL} is that of step {_best(self.history)['step']}"
+            if self.history
+            else "no model was saved"
+        )
+        return UserError(
+            f"training diverged by step {self.step}: {what}; {best}; try a smaller --lr"
+            + ("" if self.config.precision == "float32" else ", or --precision float32")
+        )
+
+    def _evaluate(self, evaluator, speed):
+        scores = evaluator()
+        if not math.isfinite(scores["loss"]):
+            raise self._diverged("the validation loss is not finite")
+        losses = [loss for loss in self.losses if math.isfinite(loss)]
+        loss = float(np.mean(losses)) if losses else None
+        l2_loss = self.config.l2 / 2 * sum(float(tf.reduce_sum(tf.square(v))) for v in self.model.trainable_variables)
+        row = {
+            "step": self.step,
+            "loss": loss,
+            "l2_loss": l2_loss,
+            "total_loss": None if loss is None else loss + l2_loss,
+            **{f"val_{key}": value for key, value in scores.items() if isinstance(value, float)},
+            **{f"val_dice_{k}": value for k, value in enumerate(scores["dice_per_class"])},
+            **{f"val_iou_{k}": value for k, value in enumerate(scores["iou_per_class"])},
+            "lr": float(self.optimizer.learning_rate),
+            "loss_scale": self._loss_scale,
+            "skipped_steps": self.step - int(self.optimizer.iterations),
+            "images_per_second": speed,
+            "seconds": self.seconds,
+        }
+        self.history.append(row)
+        self.losses = []
+        is_best = _best(self.history) is row
+        if is_best:
+            with checkpoints.atomic_path(self.out / checkpoints.MODEL, overwrite=True) as temporary:
+                self.model.save(temporary)
+            metrics = {"fold": self.config.fold, "step": self.step, **scores}
+            checkpoints.write_json(self.out / checkpoints.METRICS, metrics)
+        checkpoints.write_history(self.out, self.history)
+        self._say(_row_text(row, self.config.steps, is_best))
+
+    def _save(self):
+        progress = {"step": self.step, "seconds": self.seconds, "losses": self.losses}
+        checkpoints.save_state(self.out, self.model, self.optimizer, progress)
+
+    def _restore(self):
+        progress = checkpoints.load_state(self.out, self.model, self.optimizer)
+        if progress is None:  # killed before the first checkpoint: the seed makes the start the same again
+            return
+        self.step, self.seconds, self.losses = progress["step"], progress["seconds"], progress["losses"]
+        # A kill between an evaluation and its checkpoint leaves a row that will be written again.
+        self.history = [row for row in checkpoints.read_history(self.out) if row["step"] <= self.step]
+        self._say(f"resumed at step {self.step} of {self.config.steps}")
+
+    def _finish(self, batches):
+        report.curves(self.history, self.out / checkpoints.CURVES)
+        model = checkpoints.load_run(self.out).model
+        images, labels, predicted = [], [], []
+        for x, y in batches.unbatch().take(_OVERLAYS).batch(1):
+            predicted.append(model.predict_on_batch(x).argmax(-1)[0])
+            images.append(x[0].numpy())
+            labels.append(y[0].numpy())
+        report.overlays(images, labels, predicted, self.out / checkpoints.OVERLAYS)
+        return checkpoints.read_json(self.out / checkpoints.METRICS)
+
+    def _say(self, text):
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _progress(self):
+        """Yields show(loss, images a second or None), which moves a progress bar where there is a terminal to draw on."""
+        columns = (
+            rich.progress.TextColumn("step {task.completed}/{task.total}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("loss {task.fields[loss]}"),
+            rich.progress.TextColumn("{task.fields[speed]}"),
+            rich.progress.TimeRemainingColumn(),
+        )
+        with rich.progress.Progress(
+            *columns, console=self.console, disable=not self.console.is_terminal, transient=True
+        ) as progress:
+            task = progress.add_task("", total=self.config.steps, completed=self.step, loss="-", speed="")
+
+            def show(loss, speed):
+                text = "" if speed is None else f"{speed:.1f} images/s"
+                progress.update(task, completed=self.step, loss=f"{loss:.4f}", speed=text)
+
+            yield show
+
+
+def _row_text(row, steps, is_best):
+    classes = [row[key] for key in row if key.startswith("val_dice_")]
+    parts = [
+        f"step {row['step']}/{steps}",
+        f"loss {math.nan if row['loss'] is None else row['loss']:.4f}",
+        f"val loss {row['val_loss']:.4f}",
+        f"Dice {row['val_dice']:.4f} ({', '.join(f'{dice:.4f}' for dice in classes)})",
+    ]
+    if row["loss_scale"] is not None:
+        parts.append(f"loss scale {row['loss_scale']:g}, {row['skipped_steps']} skipped")
+    if row["images_per_second"] is not None:
+        parts.append(f"{row['images_per_second']:.1f} images/s")
+    return "  ".join(parts) + ("  *" if is_best else "")
+
+
+@contextlib.contextmanager
+def _signals():
+    """Collects the first SIGINT or SIGTERM in the list that it yields; the next one does what it would without this."""
+    caught = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # only the main thread may, and does, handle signals
+        return
+
+    def handle(signum, frame):
+        caught.append(signum)
+        restore()
+
+    def restore():
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        restore()
