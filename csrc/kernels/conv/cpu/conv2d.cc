@@ -1,5 +1,6 @@
-// conv2d_bias_relu on the CPU. float32 runs on the caller's arrays; where a type, a skip input or a padding calls for
-// a copy it is made for a few images at a time, so that temporaries do not grow with the batch.
+// conv2d_bias_relu on the CPU. Few channels in float32 run on the caller's arrays. Where Eigen is the faster one, or a
+// type calls for it, inputs are copied together for a few images at a time, so that temporaries do not grow with the
+// batch.
 #include "conv/cpu/conv2d.h"
 
 #include <algorithm>
@@ -14,6 +15,15 @@ namespace {
 
 // Below this many input channels the weight gradient is faster as a matrix product over explicit patches.
 constexpr int64_t kPatchesBelow = 8;
+
+// The part of a float32 skip tensor that the convolution sees.
+template <class Float>
+View<Float> CroppedSkip(const Conv2DProblem& p, Float* skip) {
+  auto view = View<Float>::Contiguous(skip, p.skip_height, p.skip_width, p.skip_channels);
+  if (skip != nullptr) view.data = view.At(0, p.crop_top(), p.crop_left());
+  view.h = p.height, view.w = p.width;
+  return view;
+}
 
 // [x, skip] of `n` images from `first` on as one float32 array [n, height + 2 pad, width + 2 pad, in_channels].
 void GatherInputs(ThreadPool& pool, const Conv2DProblem& p, const void* x, const void* skip, int64_t first, int64_t n,
@@ -58,59 +68,166 @@ void ScatterInputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2D
   scatter(d.skip, d.dskip, p.skip_height, p.skip_width, p.skip_channels, p.crop_top(), p.crop_left(), p.channels);
 }
 
+// How the gradient of one problem is computed.
+struct GradientPlan {
+  bool float32, want_dx;
+  bool patches;                    // the weight gradient is that of a 1x1 convolution of explicit patches
+  bool direct_wgrad;               // else Eigen's, for which x is padded and dz lies in the grid of the padded x
+  bool x_in_place;                 // the weight gradient reads x and skip where they are
+  bool dx_in_place;                // dx and dskip are written where they belong
+  int64_t grid_h, grid_w, grid_c;  // of the x that the weight gradient reads; dz has grid_h and grid_w too
+  int64_t x_size, dz_size, dinput_size;
+
+  GradientPlan(const Conv2DProblem& p, const Conv2DGradient& d) {
+    const int64_t k = p.kernel_size;
+    float32 = p.dtype == DType::kFloat32;
+    want_dx = d.dx != nullptr || d.dskip != nullptr;
+    patches = k > 1 && p.in_channels() < kPatchesBelow && p.skip_channels == 0;
+    grid_c = patches ? k * k * p.in_channels() : p.in_channels();
+    WgradArgs w;
+    w.x.c = std::max(grid_c - p.skip_channels, p.skip_channels), w.dz.c = p.filters;
+    direct_wgrad = GetPrimitives().direct_wgrad_serves(w);
+    const int64_t pad = direct_wgrad ? 0 : 2 * p.pad();
+    grid_h = patches ? p.out_height() : direct_wgrad ? p.out_height() : p.height + pad;
+    grid_w = patches ? p.out_width() : direct_wgrad ? p.out_width() : p.width + pad;
+    x_in_place = float32 && !patches && (direct_wgrad || (p.pad() == 0 && p.skip_channels == 0));
+    dx_in_place =
+        float32 && (p.skip_channels == 0 || (DirectServes(p, p.channels) && DirectServes(p, p.skip_channels)));
+    dz_size = grid_h * grid_w * p.filters;
+    // Gathered for the direct kernel, x is not padded.
+    x_size = direct_wgrad && !patches ? p.height * p.width * grid_c : grid_h * grid_w * grid_c;
+    dinput_size = p.height * p.width * p.in_channels();
+  }
+  static bool DirectServes(const Conv2DProblem& p, int64_t channels) {
+    ConvArgs a;
+    a.kh = a.kw = p.kernel_size, a.x[0].c = p.filters, a.y.c = channels;
+    return GetPrimitives().direct_conv_serves(a);
+  }
+};
+
+// dx and dskip from dz by the rotated kernel [k, k, filters, in_channels].
+void InputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradient& d, const GradientPlan& plan,
+                   int64_t first, int64_t n, const float* dz, const float* rotated, float* dinput) {
+  const int64_t k = p.kernel_size;
+  ConvArgs a;
+  a.n = n, a.x[0] = View<const float>::Contiguous(dz, plan.grid_h, plan.grid_w, p.filters);
+  a.kernel = rotated, a.kh = a.kw = k, a.filters = p.in_channels();
+  a.pad_top = a.pad_left = k - 1 - p.pad();  // full correlation
+  if (!plan.dx_in_place) {
+    a.y = View<float>::Contiguous(dinput, p.height, p.width, p.in_channels());
+    Conv(pool, a);
+    ScatterInputGradient(pool, p, d, first, n, dinput);
+    return;
+  }
+  if (d.dx != nullptr) {
+    const int64_t offset = first * p.height * p.width * p.channels;
+    a.y = View<float>::Contiguous(static_cast<float*>(d.dx) + offset, p.height, p.width, p.channels);
+    if (p.input_is_relu) {
+      a.mask = View<const float>::Contiguous(static_cast<const float*>(d.x) + offset, p.height, p.width, p.channels);
+    }
+    Conv(pool, a);
+  }
+  if (d.dskip != nullptr) {
+    const int64_t row = p.skip_width * p.skip_channels, offset = first * p.skip_height * row;
+    float* dskip = static_cast<float*>(d.dskip) + offset;
+    ParallelFor(pool, n * p.skip_height, [&](int64_t i) { std::fill_n(dskip + i * row, row, 0.0f); });
+    a.kernel += p.channels;
+    a.y = CroppedSkip(p, dskip);
+    a.mask = {};
+    if (p.input_is_relu) a.mask = CroppedSkip(p, static_cast<const float*>(d.skip) + offset);
+    GetPrimitives().direct_conv(pool, a);
+  }
+}
+
+// dkernel [slabs, k, k, in_channels, filters] += the weight gradient of `n` images from `first` on.
+void WeightGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradient& d, const GradientPlan& plan,
+                    int64_t first, int64_t n, const float* dz, float* x, int64_t slabs, float* dkernel) {
+  const int64_t k = p.kernel_size;
+  const float* x_data = static_cast<const float*>(d.x) + (plan.float32 ? first * p.height * p.width * p.channels : 0);
+  WgradArgs w;
+  w.n = n, w.kh = w.kw = plan.patches ? 1 : k, w.pad = plan.direct_wgrad && !plan.patches ? p.pad() : 0;
+  w.dz = View<const float>::Contiguous(dz, plan.grid_h, plan.grid_w, p.filters);
+  w.slabs = slabs, w.slab_stride = p.kernel_elements(), w.dkernel = dkernel, w.channels = plan.grid_c;
+  const auto run = plan.direct_wgrad ? GetPrimitives().direct_wgrad : GetPrimitives().eigen_wgrad;
+  if (plan.x_in_place) {
+    w.x = View<const float>::Contiguous(x_data, p.height, p.width, p.channels);
+    run(pool, w);
+    if (p.skip_channels > 0) {
+      const int64_t offset = first * p.skip_height * p.skip_width * p.skip_channels;
+      w.x = CroppedSkip(p, static_cast<const float*>(d.skip) + offset);
+      w.dkernel += p.channels * p.filters;
+      run(pool, w);
+    }
+    return;
+  }
+  if (plan.patches) {
+    const void* source = At(d.x, p.dtype, first * p.height * p.width * p.channels);
+    GatherPatches(pool, source, p.dtype, n, p.height, p.width, p.channels, k, p.pad(), x);
+    w.x = View<const float>::Contiguous(x, plan.grid_h, plan.grid_w, plan.grid_c);
+  } else {
+    const int64_t pad = plan.direct_wgrad ? 0 : p.pad();
+    GatherInputs(pool, p, d.x, d.skip, first, n, pad, x);
+    w.x = View<const float>::Contiguous(x, p.height + 2 * pad, p.width + 2 * pad, plan.grid_c);
+    if (plan.direct_wgrad && p.skip_channels > 0) {  // one input after the other, as served
+      w.x.c = p.channels;
+      run(pool, w);
+      w.x.data += p.channels, w.x.c = p.skip_channels;
+      w.dkernel += p.channels * p.filters;
+    }
+  }
+  run(pool, w);
+}
+
 }  // namespace
 
 void Conv2DBiasRelu(ThreadPool& pool, const Conv2DProblem& p, const Conv2DForward& d) {
-  const bool in_place = p.dtype == DType::kFloat32 && p.skip_channels == 0;
-  const bool out_in_place = p.dtype == DType::kFloat32;
+  const bool float32 = p.dtype == DType::kFloat32;
   const int64_t in_size = p.height * p.width * p.in_channels(), out_size = p.out_height() * p.out_width() * p.filters;
   Buffer kernel_storage, bias_storage, x_storage, y_storage;
-  const float* kernel = AsFloat(pool, d.kernel, p.dtype, p.kernel_elements(), &kernel_storage);
-  const float* bias = AsFloat(pool, d.bias, p.dtype, p.filters, &bias_storage);
-  const int64_t chunk = in_place ? p.batch : ImagesPerChunk(p.batch, in_size + (out_in_place ? 0 : out_size));
-  if (!in_place) x_storage = Buffer(chunk * in_size);
-  if (!out_in_place) y_storage = Buffer(chunk * out_size);
+  ConvArgs a;
+  a.kernel = AsFloat(pool, d.kernel, p.dtype, p.kernel_elements(), &kernel_storage);
+  a.bias = AsFloat(pool, d.bias, p.dtype, p.filters, &bias_storage);
+  a.kh = a.kw = p.kernel_size, a.filters = p.filters, a.pad_top = a.pad_left = p.pad(), a.relu = p.relu;
+  a.x[0] = View<const float>::Contiguous(static_cast<const float*>(d.x), p.height, p.width, p.channels);
+  a.x[1] = CroppedSkip(p, static_cast<const float*>(d.skip));
+  a.y = View<float>::Contiguous(static_cast<float*>(d.y), p.out_height(), p.out_width(), p.filters);
+  const bool in_place = float32 && (p.skip_channels == 0 || GetPrimitives().direct_conv_serves(a));
+  const int64_t chunk = in_place ? p.batch : ImagesPerChunk(p.batch, in_size + (float32 ? 0 : out_size));
+  if (!in_place) {
+    x_storage = Buffer(chunk * in_size);
+    a.x[0] = View<const float>::Contiguous(x_storage.get(), p.height, p.width, p.in_channels());
+    a.x[1] = {};
+  }
+  if (!float32) {
+    y_storage = Buffer(chunk * out_size);
+    a.y.data = y_storage.get();
+  }
   for (int64_t first = 0; first < p.batch; first += chunk) {
-    const int64_t n = std::min(chunk, p.batch - first);
-    if (!in_place) GatherInputs(pool, p, d.x, d.skip, first, n, 0, x_storage.get());
-    ConvArgs a;
-    a.x = in_place ? static_cast<const float*>(d.x) : x_storage.get();
-    a.n = n, a.h = p.height, a.w = p.width, a.ci = p.in_channels();
-    a.kernel = kernel, a.kh = a.kw = p.kernel_size, a.co = p.filters, a.stride = 1;
-    a.pad_top = a.pad_bottom = a.pad_left = a.pad_right = p.pad();
-    a.y = out_in_place ? static_cast<float*>(d.y) + first * out_size : y_storage.get();
-    a.bias = bias, a.relu = p.relu;
-    GetPrimitives().conv(pool, a);
-    if (!out_in_place) ParallelFromFloat(pool, a.y, p.dtype, At(d.y, p.dtype, first * out_size), n * out_size);
+    a.n = std::min(chunk, p.batch - first);
+    if (!in_place) GatherInputs(pool, p, d.x, d.skip, first, a.n, 0, x_storage.get());
+    if (float32) a.y.data = static_cast<float*>(d.y) + first * out_size;
+    Conv(pool, a);
+    if (!float32) ParallelFromFloat(pool, a.y.data, p.dtype, At(d.y, p.dtype, first * out_size), a.n * out_size);
   }
   if (p.pool) MaxPool2D(pool, p.dtype, p.batch, p.out_height(), p.out_width(), p.filters, d.y, d.pooled);
 }
 
 void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradient& d) {
+  const GradientPlan plan(p, d);
   const int64_t k = p.kernel_size, ci = p.in_channels(), co = p.filters, oh = p.out_height(), ow = p.out_width();
-  const bool patches = k > 1 && ci < kPatchesBelow && p.skip_channels == 0;
-  const bool want_dx = d.dx != nullptr || d.dskip != nullptr;
-  const bool dx_in_place = p.dtype == DType::kFloat32 && p.skip_channels == 0;
-  const bool x_in_place = dx_in_place && p.pad() == 0 && !patches;
-  // dz lies in the grid that the weight gradient walks: that of the padded input, or of the patches.
-  const int64_t grid_h = patches ? oh : p.height + 2 * p.pad(), grid_w = patches ? ow : p.width + 2 * p.pad();
-  const int64_t grid_c = patches ? k * k * ci : ci;
-  const int64_t wgrad_k = patches ? 1 : k;
-  const int64_t dz_size = grid_h * grid_w * co, x_size = grid_h * grid_w * grid_c;
-  const int64_t dinput_size = p.height * p.width * ci;
-
   Buffer kernel_storage, rotated, x_storage, dinput;
-  const int64_t chunk =
-      ImagesPerChunk(p.batch, dz_size + (x_in_place ? 0 : x_size) + (want_dx && !dx_in_place ? dinput_size : 0));
-  Buffer dz(chunk * dz_size);
-  if (!x_in_place) x_storage = Buffer(chunk * x_size);
-  if (want_dx) {
+  const bool copy_dinput = plan.want_dx && !plan.dx_in_place;
+  const int64_t chunk = ImagesPerChunk(
+      p.batch, plan.dz_size + (plan.x_in_place ? 0 : plan.x_size) + (copy_dinput ? plan.dinput_size : 0));
+  Buffer dz(chunk * plan.dz_size);
+  if (!plan.x_in_place) x_storage = Buffer(chunk * plan.x_size);
+  if (copy_dinput) dinput = Buffer(chunk * plan.dinput_size);
+  if (plan.want_dx) {
     rotated = Buffer(p.kernel_elements());
     const float* kernel = AsFloat(pool, d.kernel, p.dtype, p.kernel_elements(), &kernel_storage);
     TransposeTaps(pool, kernel, k * k, ci, co, /*reverse=*/true, rotated.get());
-    if (!dx_in_place) dinput = Buffer(chunk * dinput_size);
   }
-  const int64_t slabs = WgradSlabs(wgrad_k, wgrad_k, grid_c, co);
+  const int64_t wgrad_k = plan.patches ? 1 : k, slabs = WgradSlabs(wgrad_k, wgrad_k, plan.grid_c, co);
   std::vector<float> dkernel(slabs * p.kernel_elements(), 0.0f);
   std::vector<float> row_sums(p.batch * oh * co);
 
@@ -120,33 +237,10 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
     m.dy = At(d.dy, p.dtype, out_offset), m.y = At(d.y, p.dtype, out_offset);
     m.dpooled = p.pool ? At(d.dpooled, p.dtype, first * (oh / 2) * (ow / 2) * co) : nullptr;
     m.type = p.dtype, m.n = n, m.h = oh, m.w = ow, m.c = co, m.relu = p.relu;
-    m.dz = dz.get(), m.grid_h = grid_h, m.grid_w = grid_w, m.row_sums = row_sums.data() + first * oh * co;
+    m.dz = dz.get(), m.grid_h = plan.grid_h, m.grid_w = plan.grid_w, m.row_sums = row_sums.data() + first * oh * co;
     MaskGradient(pool, m);
-
-    if (want_dx) {
-      const int64_t before = k - 1 - p.pad();  // full correlation with the rotated kernel
-      ConvArgs a;
-      a.x = dz.get(), a.n = n, a.h = grid_h, a.w = grid_w, a.ci = co;
-      a.kernel = rotated.get(), a.kh = a.kw = k, a.co = ci, a.stride = 1;
-      a.pad_top = a.pad_left = before;
-      a.pad_bottom = p.height - (grid_h + before - k + 1), a.pad_right = p.width - (grid_w + before - k + 1);
-      a.y = dx_in_place ? static_cast<float*>(d.dx) + first * dinput_size : dinput.get();
-      if (dx_in_place && p.input_is_relu) a.mask = static_cast<const float*>(d.x) + first * dinput_size;
-      GetPrimitives().conv(pool, a);
-      if (!dx_in_place) ScatterInputGradient(pool, p, d, first, n, dinput.get());
-    }
-
-    if (patches) {
-      GatherPatches(pool, At(d.x, p.dtype, first * p.height * p.width * ci), p.dtype, n, p.height, p.width, ci, k,
-                    p.pad(), x_storage.get());
-    } else if (!x_in_place) {
-      GatherInputs(pool, p, d.x, d.skip, first, n, p.pad(), x_storage.get());
-    }
-    WgradArgs w;
-    w.x = x_in_place ? static_cast<const float*>(d.x) + first * dinput_size : x_storage.get();
-    w.dz = dz.get(), w.n = n, w.h = grid_h, w.w = grid_w, w.ci = grid_c, w.co = co, w.rows = oh, w.cols = ow;
-    w.kh = w.kw = wgrad_k, w.slabs = slabs, w.dkernel = dkernel.data();
-    GetPrimitives().wgrad(pool, w);
+    if (plan.want_dx) InputGradient(pool, p, d, plan, first, n, dz.get(), rotated.get(), dinput.get());
+    WeightGradient(pool, p, d, plan, first, n, dz.get(), x_storage.get(), slabs, dkernel.data());
   }
   SumSlabs(pool, dkernel.data(), slabs, p.kernel_elements(), p.dtype, d.dkernel);
   SumRows(row_sums, co, p.dtype, d.dbias);

@@ -2,31 +2,18 @@
 #pragma once
 
 #include "common/thread_pool.h"
+#include "conv/data.h"
 #include "conv/problem.h"
 
 namespace unet_fast::cpu {
 
-struct Conv2DForward {
-  const void *x, *skip, *kernel, *bias;
-  void *y, *pooled;
-};
-struct Conv2DGradient {
-  const void *dy, *dpooled, *y, *x, *skip, *kernel;
-  void *dx, *dskip;  // not computed where null
-  void *dkernel, *dbias;
-};
+using unet_fast::Conv2DForward;
+using unet_fast::Conv2DGradient;
+using unet_fast::Conv2DTransposeForward;
+using unet_fast::Conv2DTransposeGradient;
+
 void Conv2DBiasRelu(ThreadPool& pool, const Conv2DProblem& problem, const Conv2DForward& data);
 void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& problem, const Conv2DGradient& data);
-
-struct Conv2DTransposeForward {
-  const void *x, *kernel, *bias;
-  void* y;
-};
-struct Conv2DTransposeGradient {
-  const void *dy, *y, *x, *kernel;
-  void* dx;  // not computed where null
-  void *dkernel, *dbias;
-};
 void Conv2DTransposeBiasRelu(ThreadPool& pool, const Conv2DTransposeProblem& problem,
                              const Conv2DTransposeForward& data);
 void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem& problem,

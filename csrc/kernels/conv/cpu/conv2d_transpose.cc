@@ -24,18 +24,22 @@ void Conv2DTransposeBiasRelu(ThreadPool& pool, const Conv2DTransposeProblem& p, 
   const float* bias = AsFloat(pool, d.bias, p.dtype, co, &bias_storage);
   Buffer transposed(p.kernel_elements());  // [k, k, ci, co]
   TransposeTaps(pool, kernel, k * k, co, ci, /*reverse=*/false, transposed.get());
-  const int64_t chunk = ImagesPerChunk(p.batch, h * w * (co + (in_place ? 0 : ci)));
-  Buffer plane(chunk * h * w * co), taps(4 * ci * co);
+  ConvArgs c;
+  c.x[0] = View<const float>::Contiguous(static_cast<const float*>(d.x), h, w, ci);
+  c.kh = c.kw = 2, c.filters = co, c.bias = bias, c.relu = p.relu;
+  c.y = View<float>::Contiguous(static_cast<float*>(d.y), h, w, co);
+  // Writes every second pixel of y itself; else a plane of one parity is made first and then dealt out.
+  const bool strided = in_place && GetPrimitives().direct_conv_serves(c);
+  const int64_t chunk = strided ? p.batch : ImagesPerChunk(p.batch, h * w * (co + (in_place ? 0 : ci)));
+  Buffer plane(strided ? 0 : chunk * h * w * co), taps(4 * ci * co);
   if (!in_place) x_storage = Buffer(chunk * h * w * ci);
   for (int64_t first = 0; first < p.batch; first += chunk) {
     const int64_t n = std::min(chunk, p.batch - first);
     const void* x = At(d.x, p.dtype, first * h * w * ci);
     if (!in_place) ParallelToFloat(pool, x, p.dtype, x_storage.get(), n * h * w * ci);
+    c.n = n, c.x[0].data = in_place ? static_cast<const float*>(x) : x_storage.get();
     for (int64_t parity = 0; parity < 4; ++parity) {
       const int64_t a = parity / 2, b = parity % 2;
-      ConvArgs c;
-      c.x = in_place ? static_cast<const float*>(x) : x_storage.get();
-      c.n = n, c.h = h, c.w = w, c.ci = ci, c.co = co, c.stride = 1;
       c.kh = Taps(k, a), c.kw = Taps(k, b);
       // The convolution reads x[i - 1], x[i] in this order; their kernel rows are 2 and 0.
       for (int64_t r = 0; r < c.kh; ++r) {
@@ -44,10 +48,15 @@ void Conv2DTransposeBiasRelu(ThreadPool& pool, const Conv2DTransposeProblem& p, 
           std::copy_n(transposed.get() + tap * ci * co, ci * co, taps.get() + (r * c.kw + s) * ci * co);
         }
       }
-      c.kernel = taps.get();
-      c.pad_top = c.kh - 1, c.pad_left = c.kw - 1, c.pad_bottom = c.pad_right = 0;
-      c.y = plane.get(), c.bias = bias, c.relu = p.relu;
-      GetPrimitives().conv(pool, c);
+      c.kernel = taps.get(), c.pad_top = c.kh - 1, c.pad_left = c.kw - 1;
+      if (strided) {
+        c.y =
+            View<float>{static_cast<float*>(d.y) + (a * 2 * w + b) * co, h, w, co, 2 * co, 4 * w * co, 4 * h * w * co};
+        GetPrimitives().direct_conv(pool, c);
+        continue;
+      }
+      c.y.data = plane.get();
+      Conv(pool, c);
       ParallelFor(pool, n * h, [&](int64_t row) {
         const float* source = plane.get() + row * w * co;
         const int64_t target = ((first * h + row) * 2 + a) * 2 * w + b;
@@ -67,7 +76,11 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
   const int64_t grid_h = h + 1, grid_w = w + 1;
   Buffer kernel_storage, dx_storage;
   const int64_t chunk = ImagesPerChunk(p.batch, out_size + grid_h * grid_w * (ci + co) + (in_place ? 0 : in_size));
-  Buffer dz(chunk * out_size), plane(chunk * grid_h * grid_w * co), x_grid(chunk * grid_h * grid_w * ci);
+  WgradArgs served;
+  served.x.c = co, served.dz.c = ci;
+  const bool direct = in_place && GetPrimitives().direct_wgrad_serves(served);  // reads x and dz where they are
+  Buffer dz(chunk * out_size), plane, x_grid;
+  if (!direct) plane = Buffer(chunk * grid_h * grid_w * co), x_grid = Buffer(chunk * grid_h * grid_w * ci);
   const float* kernel = nullptr;
   if (d.dx != nullptr) {
     kernel = AsFloat(pool, d.kernel, p.dtype, p.kernel_elements(), &kernel_storage);
@@ -91,21 +104,32 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
 
     if (d.dx != nullptr) {  // dx[i] = sum over r of dz[2 i + r] kernel[r]
       ConvArgs a;
-      a.x = dz.get(), a.n = n, a.h = 2 * h, a.w = 2 * w, a.ci = co;
-      a.kernel = kernel, a.kh = a.kw = k, a.co = ci, a.stride = 2;
-      a.pad_top = a.pad_left = 0, a.pad_bottom = a.pad_right = k - 2;
-      a.y = in_place ? static_cast<float*>(d.dx) + first * in_size : dx_storage.get();
-      GetPrimitives().conv(pool, a);
-      if (!in_place) ParallelFromFloat(pool, a.y, p.dtype, At(d.dx, p.dtype, first * in_size), n * in_size);
+      a.n = n, a.x[0] = View<const float>::Contiguous(dz.get(), 2 * h, 2 * w, co);
+      a.kernel = kernel, a.kh = a.kw = k, a.filters = ci, a.stride = 2;
+      a.y =
+          View<float>::Contiguous(in_place ? static_cast<float*>(d.dx) + first * in_size : dx_storage.get(), h, w, ci);
+      GetPrimitives().eigen_conv(pool, a);
+      if (!in_place) ParallelFromFloat(pool, a.y.data, p.dtype, At(d.dx, p.dtype, first * in_size), n * in_size);
     }
 
-    Gather g;
-    g.source = At(d.x, p.dtype, first * in_size), g.type = p.dtype, g.n = n, g.h = h, g.w = w, g.c = ci;
-    g.top = g.left = 0, g.rows = h, g.cols = w, g.target = x_grid.get();
-    g.grid_h = grid_h, g.grid_w = grid_w, g.grid_c = ci, g.channel = g.pad = 0;
-    GatherToGrid(pool, g);
+    if (!direct) {
+      Gather g;
+      g.source = At(d.x, p.dtype, first * in_size), g.type = p.dtype, g.n = n, g.h = h, g.w = w, g.c = ci;
+      g.top = g.left = 0, g.rows = h, g.cols = w, g.target = x_grid.get();
+      g.grid_h = grid_h, g.grid_w = grid_w, g.grid_c = ci, g.channel = g.pad = 0;
+      GatherToGrid(pool, g);
+    }
     for (int64_t parity = 0; parity < 4; ++parity) {
       const int64_t a = parity / 2, b = parity % 2;
+      WgradArgs args;  // dz takes the part of the input, x that of the output gradient
+      args.n = n, args.kh = Taps(k, a), args.kw = Taps(k, b), args.channels = co;
+      args.slabs = slabs[parity], args.slab_stride = args.kh * args.kw * co * ci, args.dkernel = dkernel[parity].data();
+      if (direct) {
+        args.x = View<const float>{dz.get() + (a * 2 * w + b) * co, h, w, co, 2 * co, 4 * w * co, out_size};
+        args.dz = View<const float>::Contiguous(static_cast<const float*>(d.x) + first * in_size, h, w, ci);
+        GetPrimitives().direct_wgrad(pool, args);
+        continue;
+      }
       ParallelFor(pool, n * grid_h, [&](int64_t row) {
         const int64_t image = row / grid_h, i = row % grid_h;
         float* target = plane.get() + row * grid_w * co;
@@ -114,11 +138,9 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
         const float* source = dz.get() + (((image * h + i) * 2 + a) * 2 * w + b) * co;
         for (int64_t j = 0; j < w; ++j) std::copy_n(source + 2 * j * co, co, target + j * co);
       });
-      WgradArgs args;  // dz takes the part of the input, x that of the output gradient
-      args.x = plane.get(), args.dz = x_grid.get(), args.n = n, args.h = grid_h, args.w = grid_w;
-      args.ci = co, args.co = ci, args.rows = h, args.cols = w, args.kh = Taps(k, a), args.kw = Taps(k, b);
-      args.slabs = slabs[parity], args.dkernel = dkernel[parity].data();
-      GetPrimitives().wgrad(pool, args);
+      args.x = View<const float>::Contiguous(plane.get(), grid_h, grid_w, co);
+      args.dz = View<const float>::Contiguous(x_grid.get(), grid_h, grid_w, ci);
+      GetPrimitives().eigen_wgrad(pool, args);
     }
   }
 

@@ -6,13 +6,18 @@
 
 namespace unet_fast::cpu {
 
-#define UNET_FAST_DECLARE_ISA(ISA)                                               \
-  namespace ISA {                                                                \
-  void Conv(ThreadPool& pool, const ConvArgs& args);                             \
-  void Wgrad(ThreadPool& pool, const WgradArgs& args);                           \
-  void ToFloat(const void* source, DType type, float* target, int64_t count);    \
-  void FromFloat(const float* source, DType type, void* target, int64_t count);  \
-  static const Primitives kPrimitives = {#ISA, Conv, Wgrad, ToFloat, FromFloat}; \
+#define UNET_FAST_DECLARE_ISA(ISA)                                                                                \
+  namespace ISA {                                                                                                 \
+  bool DirectConvServes(const ConvArgs& args);                                                                    \
+  void DirectConv(ThreadPool& pool, const ConvArgs& args);                                                        \
+  bool DirectWgradServes(const WgradArgs& args);                                                                  \
+  void DirectWgrad(ThreadPool& pool, const WgradArgs& args);                                                      \
+  void EigenConv(ThreadPool& pool, const ConvArgs& args);                                                         \
+  void EigenWgrad(ThreadPool& pool, const WgradArgs& args);                                                       \
+  void ToFloat(const void* source, DType type, float* target, int64_t count);                                     \
+  void FromFloat(const float* source, DType type, void* target, int64_t count);                                   \
+  static const Primitives kPrimitives = {#ISA,      DirectConvServes, DirectConv, DirectWgradServes, DirectWgrad, \
+                                         EigenConv, EigenWgrad,       ToFloat,    FromFloat};                     \
   }
 UNET_FAST_DECLARE_ISA(baseline)
 #ifdef UNET_FAST_X86

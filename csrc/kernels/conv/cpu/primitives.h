@@ -9,47 +9,67 @@
 
 namespace unet_fast::cpu {
 
-// y = epilogue(conv(x, kernel)); padding may be negative, which crops.
-struct ConvArgs {
-  const float* x;  // [n, h, w, ci]
-  int64_t n, h, w, ci;
-  const float* kernel;  // [kh, kw, ci, co]
-  int64_t kh, kw, co;
-  int64_t stride;
-  int64_t pad_top, pad_bottom, pad_left, pad_right;
-  float* y;                     // [n, oh, ow, co]
-  const float* bias = nullptr;  // [co], added when given
-  bool relu = false;
-  const float* mask = nullptr;  // [n, oh, ow, co]: y is zeroed where mask <= 0
+// Part of an image tensor [n, h, w, c]: the centre of a skip input, every second pixel of an output. Strides in floats;
+// the channels of a pixel are consecutive.
+template <class Float>
+struct View {
+  Float* data = nullptr;
+  int64_t h = 0, w = 0, c = 0;
+  int64_t pixel = 0, row = 0, image = 0;  // strides
 
-  int64_t oh() const { return (h + pad_top + pad_bottom - kh) / stride + 1; }
-  int64_t ow() const { return (w + pad_left + pad_right - kw) / stride + 1; }
+  static View Contiguous(Float* data, int64_t h, int64_t w, int64_t c) { return {data, h, w, c, c, w * c, h * w * c}; }
+  Float* At(int64_t n, int64_t i, int64_t j) const { return data + n * image + i * row + j * pixel; }
 };
 
-// dkernel[r, s] += sum over n, i < rows, j < cols of x[n, i + r, j + s] outer dz[n, i, j].
-// x and dz share one grid of h x w; dz must be zero outside rows x cols. As slabs: `slabs` partial sums, each over a
-// fixed part of the rows, so that the result does not depend on the number of threads.
+// y = epilogue(conv(x, kernel)) where x is the one or two inputs side by side, read in place.
+struct ConvArgs {
+  int64_t n = 0;
+  View<const float> x[2];         // the second is absent where its c is 0
+  const float* kernel = nullptr;  // [kh, kw, channels of x, filters], filters >= y.c: its first y.c are used
+  int64_t kh = 0, kw = 0, filters = 0;
+  int64_t pad_top = 0, pad_left = 0;  // may be negative, which crops
+  int64_t stride = 1;
+  View<float> y;
+  const float* bias = nullptr;  // [y.c], added when given
+  bool relu = false;
+  View<const float> mask;  // when given, y is zeroed where it is <= 0
+};
+
+// dkernel[r, s] += sum over n, i, j of x[n, i + r - pad, j + s - pad] outer dz[n, i, j], x being zero outside. As
+// slabs: partial sums, each over a fixed part of the rows, so that the result does not depend on the number of threads.
 struct WgradArgs {
-  const float* x;   // [n, h, w, ci]
-  const float* dz;  // [n, h, w, co]
-  int64_t n, h, w, ci, co;
-  int64_t rows, cols;
-  int64_t kh, kw;
-  int64_t slabs;
-  float* dkernel;  // [slabs, kh, kw, ci, co]
+  int64_t n = 0;
+  View<const float> x, dz;
+  int64_t kh = 0, kw = 0, pad = 0;
+  int64_t slabs = 1, slab_stride = 0;
+  float* dkernel = nullptr;  // [slabs, kh, kw, channels >= x.c, dz.c], the first x.c channels are added to
+  int64_t channels = 0;
 };
 // How many slabs a weight gradient of that size is split into.
 int64_t WgradSlabs(int64_t kh, int64_t kw, int64_t ci, int64_t co);
 
 struct Primitives {
   const char* isa;
-  void (*conv)(ThreadPool& pool, const ConvArgs& args);
-  void (*wgrad)(ThreadPool& pool, const WgradArgs& args);
+  // Few channels: any views. See primitives_direct.cc.
+  bool (*direct_conv_serves)(const ConvArgs& args);
+  void (*direct_conv)(ThreadPool& pool, const ConvArgs& args);
+  bool (*direct_wgrad_serves)(const WgradArgs& args);
+  void (*direct_wgrad)(ThreadPool& pool, const WgradArgs& args);
+  // Any channels: one input, contiguous views, all of a kernel's filters. See primitives_conv.cc.
+  void (*eigen_conv)(ThreadPool& pool, const ConvArgs& args);
+  // Any channels: x and dz share one contiguous grid, x's padding included (pad 0), and dz is zero where it has no
+  // gradient: in the last kh - 1 rows and kw - 1 columns. See primitives_gemm.cc.
+  void (*eigen_wgrad)(ThreadPool& pool, const WgradArgs& args);
   void (*to_float)(const void* source, DType type, float* target, int64_t count);
   void (*from_float)(const float* source, DType type, void* target, int64_t count);
 };
 
 // The best set that this processor has and this build includes; UNET_FAST_CPU_ISA (baseline, avx2 or avx512) lowers it.
 const Primitives& GetPrimitives();
+
+// The faster of the two, for views that either can take.
+inline void Conv(ThreadPool& pool, const ConvArgs& a) {
+  GetPrimitives().direct_conv_serves(a) ? GetPrimitives().direct_conv(pool, a) : GetPrimitives().eigen_conv(pool, a);
+}
 
 }  // namespace unet_fast::cpu

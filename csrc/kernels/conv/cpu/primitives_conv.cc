@@ -61,20 +61,19 @@ class EigenPool : public Eigen::ThreadPoolInterface {
 
 }  // namespace
 
-bool DirectConvServes(const ConvArgs& args);
-void DirectConv(ThreadPool& pool, const ConvArgs& args);
-
-void Conv(ThreadPool& pool, const ConvArgs& a) {
-  if (DirectConvServes(a)) return DirectConv(pool, a);
+void EigenConv(ThreadPool& pool, const ConvArgs& a) {
   using Tensor4 = Eigen::TensorMap<Eigen::Tensor<float, 4, Eigen::ColMajor, Index>>;
   // Column-major with reversed dimensions is row-major NHWC; Eigen's "rows" are then the width. Its packing code wants
   // maps of non-const floats but writes to neither input.
-  Tensor4 x(const_cast<float*>(a.x), a.ci, a.w, a.h, a.n);
-  Tensor4 kernel(const_cast<float*>(a.kernel), a.co, a.ci, a.kw, a.kh);
-  Tensor4 y(a.y, a.co, a.ow(), a.oh(), a.n);
+  const View<const float>& v = a.x[0];
+  Tensor4 x(const_cast<float*>(v.data), v.c, v.w, v.h, a.n);
+  Tensor4 kernel(const_cast<float*>(a.kernel), a.filters, v.c, a.kw, a.kh);
+  Tensor4 y(a.y.data, a.y.c, a.y.w, a.y.h, a.n);
+  const Index pad_bottom = (a.y.h - 1) * a.stride + a.kh - v.h - a.pad_top;
+  const Index pad_right = (a.y.w - 1) * a.stride + a.kw - v.w - a.pad_left;
   auto convolution = Eigen::SpatialConvolution(x, kernel, a.stride, a.stride, Eigen::PADDING_VALID, 1, 1,
-                                               Epilogue{a.y, a.bias, a.mask, a.relu}, a.pad_left, a.pad_right,
-                                               a.pad_top, a.pad_bottom);
+                                               Epilogue{a.y.data, a.bias, a.mask.data, a.relu}, a.pad_left, pad_right,
+                                               a.pad_top, pad_bottom);
   auto queue = std::make_shared<HelpingQueue>(pool);
   EigenPool eigen_pool(queue);
   Eigen::ThreadPoolDevice device(&eigen_pool, pool.NumThreads());

@@ -31,32 +31,30 @@ void Store(const float* source, void* target, int64_t count) {
 
 }  // namespace
 
-bool DirectWgradServes(const WgradArgs& args);
-void DirectWgrad(ThreadPool& pool, const WgradArgs& args);
-
-void Wgrad(ThreadPool& pool, const WgradArgs& a) {
-  if (DirectWgradServes(a)) return DirectWgrad(pool, a);
+void EigenWgrad(ThreadPool& pool, const WgradArgs& a) {
   using Eigen::OuterStride;
   using ConstMatrix = Eigen::Map<const Eigen::MatrixXf, 0, OuterStride<>>;
   using Matrix = Eigen::Map<Eigen::MatrixXf, 0, OuterStride<>>;
-  const int64_t taps = a.kw * a.ci;
-  const int64_t filter_tiles = (a.co + kTileFilters - 1) / kTileFilters;
+  const int64_t ci = a.x.c, co = a.dz.c, taps = a.kw * ci;
+  const int64_t rows = a.dz.h - a.kh + 1, cols = a.dz.w - a.kw + 1;
+  const int64_t filter_tiles = (co + kTileFilters - 1) / kTileFilters;
   const int64_t tap_tiles = (taps + kTileTaps - 1) / kTileTaps;
   const int64_t tiles = a.kh * filter_tiles * tap_tiles;
-  const int64_t all_rows = a.n * a.rows;
+  const int64_t all_rows = a.n * rows;
   ParallelFor(pool, tiles * a.slabs, [&](int64_t task) {
     const int64_t slab = task / tiles, r = task % tiles / (filter_tiles * tap_tiles);
     const int64_t m0 = task % filter_tiles * kTileFilters, n0 = task / filter_tiles % tap_tiles * kTileTaps;
-    const int64_t m = std::min(kTileFilters, a.co - m0), n = std::min(kTileTaps, taps - n0);
-    Matrix dkernel(a.dkernel + ((slab * a.kh + r) * taps + n0) * a.co + m0, m, n, OuterStride<>(a.co));
+    const int64_t m = std::min(kTileFilters, co - m0), n = std::min(kTileTaps, taps - n0);
+    Matrix dkernel(a.dkernel + slab * a.slab_stride + (r * taps + n0) * co + m0, m, n, OuterStride<>(co));
     int64_t row = all_rows * slab / a.slabs;
     const int64_t end = all_rows * (slab + 1) / a.slabs;
     while (row < end) {  // one product an image
-      const int64_t image = row / a.rows, i = row % a.rows;
-      const int64_t count = std::min(end - row, a.rows - i);
-      const int64_t points = (count - 1) * a.w + a.cols;  // the rest of the last row is zero, and beyond may be nothing
-      ConstMatrix dz(a.dz + (image * a.h + i) * a.w * a.co + m0, m, points, OuterStride<>(a.co));
-      ConstMatrix x(a.x + (image * a.h + i + r) * a.w * a.ci + n0, n, points, OuterStride<>(a.ci));
+      const int64_t image = row / rows, i = row % rows;
+      const int64_t count = std::min(end - row, rows - i);
+      const int64_t points =
+          (count - 1) * a.dz.w + cols;  // the rest of the last row is zero, and beyond may be nothing
+      ConstMatrix dz(a.dz.At(image, i, 0) + m0, m, points, OuterStride<>(co));
+      ConstMatrix x(a.x.At(image, i + r, 0) + n0, n, points, OuterStride<>(ci));
       dkernel.noalias() += dz * x.transpose();
       row += count;
     }
