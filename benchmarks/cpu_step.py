@@ -41,13 +41,13 @@ def worker(case, backend, mode, steps):
     model.compile(keras.optimizers.Adam(1e-4), losses.DiceCrossEntropy(backend=backend), jit_compile=mode == "xla")
     generator = np.random.default_rng(0)
     seconds = {"train": [], "infer": []}
-    for step in range(steps + 2):
+    for _ in range(steps + 2):
         x = generator.normal(size=(case["batch"], *shape)).astype("float32")
         y = generator.integers(0, 2, (case["batch"], *model.output_shape[1:3])).astype("int32")
         start = time.perf_counter()
         model.train_on_batch(x, y)
         seconds["train"].append(time.perf_counter() - start)
-    for step in range(steps + 2):
+    for _ in range(steps + 2):
         x = generator.normal(size=(case["batch"], *shape)).astype("float32")
         start = time.perf_counter()
         model.predict_on_batch(x)

@@ -6,18 +6,20 @@
 
 namespace unet_fast::cpu {
 
-#define UNET_FAST_DECLARE_ISA(ISA)                                                                                \
-  namespace ISA {                                                                                                 \
-  bool DirectConvServes(const ConvArgs& args);                                                                    \
-  void DirectConv(ThreadPool& pool, const ConvArgs& args);                                                        \
-  bool DirectWgradServes(const WgradArgs& args);                                                                  \
-  void DirectWgrad(ThreadPool& pool, const WgradArgs& args);                                                      \
-  void EigenConv(ThreadPool& pool, const ConvArgs& args);                                                         \
-  void EigenWgrad(ThreadPool& pool, const WgradArgs& args);                                                       \
-  void ToFloat(const void* source, DType type, float* target, int64_t count);                                     \
-  void FromFloat(const float* source, DType type, void* target, int64_t count);                                   \
-  static const Primitives kPrimitives = {#ISA,      DirectConvServes, DirectConv, DirectWgradServes, DirectWgrad, \
-                                         EigenConv, EigenWgrad,       ToFloat,    FromFloat};                     \
+#define UNET_FAST_DECLARE_ISA(ISA)                                                                                 \
+  namespace ISA {                                                                                                  \
+  bool DirectConvServes(const ConvArgs& args);                                                                     \
+  void DirectConv(ThreadPool& pool, const ConvArgs& args);                                                         \
+  bool DirectWgradServes(const WgradArgs& args);                                                                   \
+  void DirectWgrad(ThreadPool& pool, const WgradArgs& args);                                                       \
+  void EigenConv(ThreadPool& pool, const ConvArgs& args);                                                          \
+  void EigenWgrad(ThreadPool& pool, const WgradArgs& args);                                                        \
+  void AddUnpooled(const float* y0, const float* y1, const float* dpooled, int64_t cols, int64_t c, float* dz0,    \
+                   float* dz1);                                                                                    \
+  void ToFloat(const void* source, DType type, float* target, int64_t count);                                      \
+  void FromFloat(const float* source, DType type, void* target, int64_t count);                                    \
+  static const Primitives kPrimitives = {#ISA,      DirectConvServes, DirectConv,  DirectWgradServes, DirectWgrad, \
+                                         EigenConv, EigenWgrad,       AddUnpooled, ToFloat,           FromFloat};  \
   }
 UNET_FAST_DECLARE_ISA(baseline)
 #ifdef UNET_FAST_X86

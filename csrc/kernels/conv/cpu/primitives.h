@@ -60,6 +60,11 @@ struct Primitives {
   // Any channels: x and dz share one contiguous grid, x's padding included (pad 0), and dz is zero where it has no
   // gradient: in the last kh - 1 rows and kw - 1 columns. See primitives_gemm.cc.
   void (*eigen_wgrad)(ThreadPool& pool, const WgradArgs& args);
+  // dz[2i, 2j] .. dz[2i + 1, 2j + 1] += dpooled[i, j] where y is the largest of the four, for one row i of `cols`
+  // windows of c channels: y0, y1, dz0, dz1 are the rows 2i and 2i + 1. The first of equal maxima is taken, as in
+  // TensorFlow.
+  void (*add_unpooled)(const float* y0, const float* y1, const float* dpooled, int64_t cols, int64_t c, float* dz0,
+                       float* dz1);
   void (*to_float)(const void* source, DType type, float* target, int64_t count);
   void (*from_float)(const float* source, DType type, void* target, int64_t count);
 };
