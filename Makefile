@@ -27,7 +27,7 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/unet-fast train --data synthetic --out $(DEMO)/run --filters 8 --depth 3 --padding same --size 128 --steps 300 --batch 4
+	$(BIN)/unet-fast train --data synthetic --out $(DEMO)/run --filters 8 --depth 3 --padding same --size 128 --steps 300 --batch 4 --lr 3e-3
 	$(BIN)/unet-fast evaluate --run $(DEMO)/run
 	$(BIN)/python examples/synthetic_images.py $(DEMO)/new_images.tif
 	$(BIN)/unet-fast predict --run $(DEMO)/run --input $(DEMO)/new_images.tif --output $(DEMO)/segmentation.tif

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 __all__ = ["FusedUNet", "layers", "losses", "metrics", "ops", "reference"]
 
 # The command line answers --help and a mistyped option before it imports TensorFlow, whose import takes seconds.
-_for_command_line = _sys.argv[0].endswith("unet-fast") or "-m unet_fast" in " ".join(_sys.orig_argv[:3])
+_for_command_line = "".join(_sys.argv[:1]).endswith("/unet-fast") or _sys.orig_argv[1:3] == ["-m", "unet_fast"]
 
 if not _for_command_line:
     import keras as _keras

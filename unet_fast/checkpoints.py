@@ -86,6 +86,8 @@ def load_run(path):
 
     Raises:
         UserError: no such folder, no run in it, no model yet, or a damaged file.
+
+    Example: see `unet_fast.inference.predict_files`.
     """
     path = Path(path)
     config, facts = load_config(path)
@@ -117,6 +119,7 @@ def load_config(path):
     Raises:
         UserError: no run there, or a damaged file.
     """
+    path = Path(path)
     file = path / CONFIG
     if not file.is_file():
         found = "no such folder" if not path.exists() else f"no {CONFIG} in it"
@@ -148,6 +151,11 @@ def locked(path):
 
     Raises:
         UserError: another process holds it, or the folder cannot be written to.
+
+    >>> import tempfile
+    >>> from unet_fast.checkpoints import locked
+    >>> with locked(tempfile.mkdtemp() + "/run"):
+    ...     pass
     """
     path = Path(path)
     try:
@@ -166,6 +174,8 @@ def locked(path):
             ) from error
         except OSError as error:
             raise UserError(f"{path}: cannot be locked ({error.strerror}); choose a folder on another disk") from error
+        for leftover in (*path.glob(".model-*.keras"), *path.glob("last/.state-*.npz")):
+            leftover.unlink()  # half written when a process was killed
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -258,6 +268,11 @@ def read_history(path):
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{file}: not a history of a run ({_one_line(error)}); restore it") from error
     return rows
+
+
+def best_row(history):
+    """The row of the history whose model was kept: the first with the highest mean Dice."""
+    return max(history, key=lambda row: row["val_dice"])
 
 
 def _number(cell):

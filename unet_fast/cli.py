@@ -29,8 +29,8 @@ def main(argv=None):
         argv: arguments without the program's name; None for the process's own.
 
     Returns:
-        exit status: 0; 1 if info's self-test fails; 2 for a mistake of the user's, which one line on standard error explains;
-        128 and the signal's number if a signal ended it.
+        exit status: 0; 1 if info's self-test fails; 2 for a mistake of the user's, which one line on standard error
+        explains; 128 and the signal's number if a signal ended it.
 
     >>> from unet_fast.cli import main
     >>> main(["evaluate", "--run", "no/such/run"])
@@ -44,6 +44,14 @@ def main(argv=None):
         return _fail(error)
     except OSError as error:  # a full disk, a folder that vanished
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except Exception as error:
+        import tensorflow as tf
+
+        if not isinstance(error, tf.errors.ResourceExhaustedError):
+            raise
+        return _fail(
+            "the device's memory does not suffice; use a smaller --batch, --size or --tile, or mixed precision"
+        )
     except KeyboardInterrupt as error:
         print(f"unet-fast: {error or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(error, "signum", 2)
@@ -107,7 +115,7 @@ def _parser():
             "train",
             _train,
             "train a network on a folder of images and masks",
-            "Train a network. RUN receives the best model, a checkpoint to resume from, the scores, and pictures of both.",
+            "Train a network. RUN receives the best model, a checkpoint to resume from, scores and pictures.",
         )
     )
 
@@ -115,7 +123,7 @@ def _parser():
         "evaluate",
         _evaluate,
         "score a trained network",
-        "Score a run's best model on its validation fold, and record that in RUN/metrics.json; or on another data folder.",
+        "Score a run's best model on its validation fold, and record that in RUN/metrics.json; or on another folder.",
     )
     _add_run(evaluate)
     evaluate.add_argument("--data", metavar="DIR", help="score all images of this folder instead, with their masks")
@@ -153,7 +161,7 @@ def _parser():
         "info",
         _info,
         "say what is installed, what runs here, and test it",
-        "Say what was built, what this machine has and what will run on it, and test every op. Exit status 1 if one fails.",
+        "Say what was built, what this machine has and what runs on it, and test every op. Exit status 1 if one fails.",
     )
     info.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
@@ -168,7 +176,7 @@ def _add_train(parser):
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in RUN, with its own options; only --data, --steps, --jit and --backend may be given anew",
+        help="go on with the run in RUN and its options; only --data, --steps, --jit and --backend may be given anew",
     )
     parser.add_argument(
         "--config",
@@ -198,7 +206,7 @@ def _train(options):
     given = read_options(options.config, extra=("out",)) if options.config else {}
     given |= {key: value for key, value in vars(options).items() if key not in ("command", "config", "resume")}
     out = given.pop("out", None)
-    if out is None:
+    if not isinstance(out, str):
         raise UserError("train: expected --out RUN, the folder to write; give it")
     if options.resume:
         config = checkpoints.load_config(out)[0].resumed(given)
@@ -207,13 +215,13 @@ def _train(options):
     else:
         config = TrainConfig(**given)
     scores = training.train(config, out, resume=options.resume)
-    _print_scores(scores, f"{out}/{checkpoints.MODEL}, step {scores['step']}, validation fold {scores['fold']}")
+    _print_scores(scores, f"{out}/{checkpoints.MODEL}, of step {scores['step']}, on validation fold {scores['fold']}")
 
 
 def _evaluate(options):
-    from unet_fast import training
+    from unet_fast import evaluation
 
-    scores = training.evaluate_run(options.run, options.data)
+    scores = evaluation.evaluate_run(options.run, options.data)
     if options.json:
         _print_json(scores)
     else:
@@ -225,15 +233,17 @@ def _print_scores(scores, title):
     import rich.console
     import rich.table
 
-    table = rich.table.Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = f"cross-entropy {scores['cross_entropy']:.4f}, soft Dice {scores['soft_dice']:.4f}"
+    table = rich.table.Table()
     for heading, justify in (("class", "left"), ("Dice", "right"), ("IoU", "right")):
         table.add_column(heading, justify=justify)
     for k, (dice, iou) in enumerate(zip(scores["dice_per_class"], scores["iou_per_class"], strict=True)):
         table.add_row(str(k), f"{dice:.4f}", f"{iou:.4f}")
     table.add_section()
     table.add_row("mean", f"{scores['dice']:.4f}", f"{scores['iou']:.4f}")
-    rich.console.Console().print(table)
+    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(title)
+    console.print(table)
+    console.print(f"cross-entropy {scores['cross_entropy']:.4f}, soft Dice {scores['soft_dice']:.4f}")
 
 
 def _print_json(content):

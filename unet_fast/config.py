@@ -1,4 +1,4 @@
-"""The options of a training run: one list for the command line, for config files and for Python. Imports nothing heavy."""
+"""The options of a training run: one list for the command line, config files and Python. Imports nothing heavy."""
 
 import dataclasses
 import json
@@ -151,7 +151,8 @@ class TrainConfig:
                 raise UserError(f"expected {flag(field)} to be {rule[0]}, got {value!r}; give such a value")
         if self.fold >= self.folds:
             raise UserError(
-                f"expected --fold to be from 0 to {self.folds - 1} with --folds {self.folds}, got {self.fold}; give one of those"
+                f"expected --fold to be from 0 to {self.folds - 1} with --folds {self.folds}, got {self.fold}; "
+                "give one of those"
             )
 
     def resumed(self, changes):
@@ -199,6 +200,13 @@ def read_options(path, extra=()):
 
     Raises:
         UserError: no such file, no JSON object, or an unknown name.
+
+    >>> import tempfile
+    >>> from unet_fast.config import read_options
+    >>> path = Path(tempfile.mkdtemp()) / "config.json"
+    >>> _ = path.write_text('{"steps": 300}')
+    >>> read_options(path)
+    {'steps': 300}
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,21 +1,25 @@
 """Segmenting images of any size with a trained network, by overlapping tiles.
 
-Scale. Training resizes every image to the network's output size, say 512 pixels to 388, so the network knows structures at
-that scale alone. A new image is therefore resized by the same factor a side, whatever its own size; its probabilities are
-resized back, and only then is the likeliest class taken, which keeps borders smooth.
+Scale. Training resizes every image to the network's output size, say 512 pixels to 388, so the network knows structures
+at that scale alone. A new image is therefore resized by the same factor a side, whatever its own size; its probabilities
+are resized back, and only then is the likeliest class taken, which keeps borders smooth.
 
 Tiles. The rescaled image is cut into the network's input size. What a tile sees beyond the image is the image mirrored
-(Ronneberger et al., U-Net, 2015, section 2). An unpadded network ("valid") gives the middle of each tile, so tiles abut and
-nothing is seen twice unless asked for; tiles begin at multiples of 2^depth pixels, where poolings of all tiles fall on the
-same pixels, and the result is that of one pass over the whole image. A padded one ("same") knows less near a tile's edge: its
-tiles overlap by half and are averaged with Gaussian weights (Isensee et al., nnU-Net, 2021).
+(Ronneberger et al., U-Net, 2015, section 2). An unpadded network ("valid") gives the middle of each tile, so tiles abut
+unless an overlap is asked for. They begin a multiple of 2^depth pixels apart, so that the poolings of all fall on the same
+pixels: the result is that of one pass over the whole image, but that 3x3 transposed convolutions lack one neighbour at a
+tile's first row and column, which is felt 2^depth - 1 pixels deep. A padded network ("same") knows less all along a tile's
+edge: its tiles overlap by half. Where tiles overlap they are averaged with Gaussian weights (Isensee et al., nnU-Net, 2021).
 
-Memory. The network sees `batch_size` tiles at a time; beside them there is the rescaled image and a float32 a pixel and class.
+Memory. The network sees `batch_size` tiles at a time; beside them there are the rescaled image and, for each pixel, a
+float32 a class and one more.
 """
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -46,7 +50,8 @@ def predict_image(
         image: uint8, uint16 or float32 [H, W, C], or [H, W] for C = 1.
         value_range: (low, high), the pixel values that training took for -1 and 1.
         scale: (y, x), by how much training resized its images.
-        overlap: share of a tile's output that the next one covers again, in [0, 1). None: 0 for padding "valid", 0.5 for "same".
+        overlap: share of a tile's output that the next one covers again, in [0, 1). None: 0 for padding "valid", 0.5
+            for "same".
         tta: average over the four flips of each tile (test-time augmentation).
         batch_size: most tiles that the network sees at a time.
         on_progress: called with (tiles done, tiles in all) after each batch.
@@ -70,9 +75,7 @@ def predict_image(
     if None in tile:
         raise UserError("expected a model of a fixed input size, got a variable one; use with_input_size")
     if image.ndim != 3 or image.shape[2] != model.input_shape[3]:
-        raise UserError(
-            f"expected an image [H, W, {model.input_shape[3]}], got shape {list(image.shape)}; convert it to those channels"
-        )
+        raise UserError(f"expected an image [H, W, {model.input_shape[3]}], got shape {list(image.shape)}; convert it")
     if overlap is None:
         overlap = 0.0 if model.padding == "valid" else 0.5
     if not 0 <= overlap < 1:
@@ -163,6 +166,10 @@ def predict_files(
 
     Raises:
         UserError: nothing to read, a file that is there already, or images unlike the training's.
+
+    Example:
+        run = unet_fast.checkpoints.load_run("runs/membranes")
+        predict_files(run, "new.tif", "labels.tif", tta=True)
     """
     model = run.model if tile is None else with_input_size(run.model, tile)
     jobs = _plan(Path(source), Path(target), probabilities)
@@ -174,11 +181,6 @@ def predict_files(
         run.facts.check(stack, file)
         results = []
         for page, image in enumerate(stack):
-
-            def report(done, total, before=number, page=page, pages=len(stack)):
-                if on_progress:
-                    on_progress(before + (page + done / total) / pages)
-
             result = predict_image(
                 model,
                 image,
@@ -186,15 +188,25 @@ def predict_files(
                 scale=training_scale(run),
                 overlap=overlap,
                 tta=tta,
-                on_progress=report,
+                on_progress=on_progress and _Part(on_progress, number + page / len(stack), 1 / len(stack)),
             )
             results.append(result if probabilities else _labels(result))
-        results = np.stack(results)
         if _is(output, _PNG):
             write_png(output, results[0])
         else:
-            write_tiff(output, results)
+            write_tiff(output, np.stack(results))
     return [output for _, output in jobs]
+
+
+class _Part(NamedTuple):
+    """Turns (tiles done, tiles in all) of one image into the part of all files done."""
+
+    report: Callable
+    before: float
+    share: float
+
+    def __call__(self, done, total):
+        self.report(self.before + self.share * done / total)
 
 
 def _labels(probabilities):
@@ -240,7 +252,7 @@ def _is(path, suffixes):
 
 
 def _starts(size, out, overlap, multiple):
-    """Where output tiles begin along an axis, so that they cover [0, size) and what hangs over does so on both sides."""
+    """Where output tiles begin along an axis: they cover [0, size), and hang over on both sides alike."""
     wanted = max(int(out * (1 - overlap)), 1)
     step = wanted // multiple * multiple or wanted
     count = max(0, -(-(size - out) // step)) + 1

@@ -6,7 +6,6 @@ from pathlib import Path
 import keras
 import numpy as np
 import rich.console
-import rich.markup
 import rich.table
 import tensorflow as tf
 
@@ -24,10 +23,9 @@ def collect():
 
     Returns:
         dict: `versions` of unet_fast, tensorflow, keras, numpy and python; `library`: available, reason (why not), cuda;
-        `build`: what `unet_fast._native` says of itself, or None; `source`: fingerprint of the native sources beside the
-        package, or None where it is installed without them, and whether the build is of them; `gpus` that TensorFlow sees;
-        `engines`: what backend "auto" takes for each dtype here, and why; `self_test`: a record an op and dtype;
-        `self_test_passed`.
+        `build`: what `unet_fast._native` says of itself, or None; `source`: `fingerprint` of the native sources beside
+        the package, or None where it is installed without them, and `matches_build`; `gpus` that TensorFlow sees;
+        `engines`: what backend "auto" takes for each dtype here, and why; `self_test`: see there; `self_test_passed`.
 
     >>> from unet_fast import info
     >>> sorted(info.collect())
@@ -106,8 +104,8 @@ def _engine(dtype):
 def self_test():
     """Run every op, forward and backward, on a small example in every dtype, and compare it with `unet_fast.reference`.
 
-    An op passes if it is at most twice as far from the float32 reference as stock TensorFlow in the op's own dtype is, up to a
-    rounding of the largest value, as the FlashAttention tests have it.
+    An op passes if it is at most twice as far from the float32 reference as stock TensorFlow in the op's own dtype is,
+    and a rounding of the largest value more.
 
     Returns:
         list of dict: `op`, `dtype`, `device`, `passed`, and `detail`, the error or what it raised.
@@ -159,10 +157,11 @@ def _examples():
 def _compare(inputs, call, dtype, device):
     """(whether an op is right, its error in words)."""
     try:
-        with tf.device(device):
+        with tf.device("CPU:0"):  # where no TF32 makes float32 less than that
             # Rounded to the dtype first, so that all three see the same inputs.
             inputs = [tf.cast(tf.cast(value, dtype), tf.float32) for value in inputs]
             exact = _values(reference, call, inputs, "float32")
+        with tf.device(device):
             stock = _values(reference, call, inputs, dtype)
             fused = _values(ops, call, inputs, dtype)
     except (tf.errors.OpError, UserError, ImportError) as error:
@@ -187,52 +186,45 @@ def _values(module, call, inputs, dtype):
 
 
 def show(collected):
-    """Print what `collect` returned, as tables."""
-    console = rich.console.Console(highlight=False)
+    """Print what `collect` returned."""
+    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
     versions, library, build, source = (collected[key] for key in ("versions", "library", "build", "source"))
-
-    table = rich.table.Table.grid(padding=(0, 2))
-
-    def row(name, text):
-        table.add_row(name, rich.markup.escape(str(text)))
-
-    row("unet_fast", f"{versions['unet_fast']}, Python {versions['python']}, NumPy {versions['numpy']}")
-    row("TensorFlow", f"{versions['tensorflow']}, Keras {versions['keras']}")
-    row("fused ops", "available" if library["available"] else f"not available: {library['reason']}")
+    lines = [
+        ("unet_fast", f"{versions['unet_fast']}, Python {versions['python']}, NumPy {versions['numpy']}"),
+        ("TensorFlow", f"{versions['tensorflow']}, Keras {versions['keras']}"),
+        ("fused ops", "available" if library["available"] else f"not available: {library['reason']}"),
+    ]
     if build:
-        cuda = "without CUDA"
-        if build["cuda"]:
-            cuda = f"with CUDA {build['cuda_version']} for {', '.join(build['cuda_architectures'])}"
-        row("built", f"by {build['compiler']} for TensorFlow {build['tensorflow']}, {cuda}")
-        row("sources", f"{build['fingerprint']}{_source_text(source)}")
-        row("CPU kernels", build["cpu_isa"])
-        if build["gpu_devices_missing"]:
-            row("CUDA devices", f"none: {build['gpu_devices_missing']}")
-        for gpu in build["gpu_devices"]:
-            memory = gpu["memory_bytes"] / 2**30
-            row("CUDA device", f"{gpu['name']}, compute capability {gpu['compute_capability']}, {memory:.0f} GiB")
-    row("GPUs", ", ".join(gpu["name"] for gpu in collected["gpus"]) or "none that TensorFlow sees")
+        lines += _build_lines(build, source)
+    gpus = [f"{gpu['name']}, compute capability {gpu['compute_capability']}" for gpu in collected["gpus"]]
+    lines.append(("TensorFlow sees", "; ".join(gpus) or "no GPU"))
     for dtype, engine in collected["engines"].items():
-        row(f"auto, {dtype}", f"{engine['engine'] or 'error'}: {engine['why']}")
-    console.print(table)
+        lines.append((f"auto, {dtype}", f"{engine['engine'] or 'error'}: {engine['why']}"))
+    for name, text in lines:
+        console.print(f"{name:<17}{text}")
 
-    results = rich.table.Table(title="self-test", title_justify="left")
-    for heading in ("op", *_DTYPES):
-        results.add_column(heading)
-    by_op = {}
+    table = rich.table.Table("self-test", *_ROUNDING)
+    cells = {}
     for test in collected["self_test"]:
-        by_op.setdefault(test["op"], []).append("ok" if test["passed"] else f"FAILED: {test['detail']}")
-    for op, cells in by_op.items():
-        results.add_row(op, *map(rich.markup.escape, cells))
-    console.print(results)
-    console.print(
-        f"on {collected['self_test'][0]['device']}: {'passed' if collected['self_test_passed'] else 'FAILED'}"
-    )
+        cells.setdefault(test["op"], []).append("ok" if test["passed"] else "FAILED")
+    for op, results in cells.items():
+        table.add_row(op, *results)
+    console.print(table)
+    for test in collected["self_test"]:
+        if not test["passed"]:
+            console.print(f"{test['op']}, {test['dtype']}, {test['device']}: {test['detail']}")
+    outcome = "passed" if collected["self_test_passed"] else "FAILED"
+    console.print(f"self-test on {collected['self_test'][0]['device']}: {outcome}")
 
 
-def _source_text(source):
-    if source["matches_build"] is None:
-        return ""
-    return (
-        ", those in this folder" if source["matches_build"] else f", NOT those in this folder ({source['fingerprint']})"
-    )
+def _build_lines(build, source):
+    cuda = f"CUDA {build['cuda_version']} for {', '.join(build['cuda_architectures'])}" if build["cuda"] else "no CUDA"
+    yield "built", f"by {build['compiler']} for TensorFlow {build['tensorflow']}, {cuda}"
+    here = {None: "", True: ", as in this folder", False: f", but this folder holds {str(source['fingerprint'])[:16]}"}
+    yield "sources", build["fingerprint"][:16] + here[source["matches_build"]]
+    yield "CPU kernels", build["cpu_isa"]
+    for gpu in build["gpu_devices"]:
+        memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
+        yield "CUDA device", f"{gpu['name']}, compute capability {gpu['compute_capability']}, {memory}"
+    if build["gpu_devices_missing"]:
+        yield "CUDA device", f"none: {build['gpu_devices_missing']}"

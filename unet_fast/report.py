@@ -28,6 +28,11 @@ def curves(history, path):
     Args:
         history: rows of `unet_fast.checkpoints.read_history`, at least one.
         path: PNG file to write; one that is there is replaced.
+
+    >>> import tempfile
+    >>> from unet_fast.report import curves
+    >>> row = {"step": 100, "loss": 0.9, "val_loss": 0.8, "val_dice": 0.7, "val_soft_dice": 0.6, "val_dice_0": 0.7}
+    >>> curves([row, {**row, "step": 200}], tempfile.mkdtemp() + "/curves.png")
     """
     steps = [row["step"] for row in history]
     classes = [key for key in history[0] if key.startswith("val_dice_")]
@@ -57,33 +62,39 @@ def curves(history, path):
     _save(figure, path)
 
 
-def overlays(images, labels, predicted, path):
+def overlays(samples, path):
     """Draw images beside their true and predicted classes, and where the two differ.
 
     Args:
-        images: float32 [Hi, Wi, C] in [-1, 1], the network's input; the labels cover its middle.
-        labels, predicted: class indices [H, W], one an image.
+        samples: list of (name, image, truth, prediction): float32 [Hi, Wi, C] in [-1, 1], the network's input, and class
+            indices [H, W] of its middle.
         path: PNG file to write; one that is there is replaced.
+
+    >>> import tempfile
+    >>> from unet_fast.report import overlays
+    >>> truth = np.eye(8, dtype=int)
+    >>> overlays([("cell", truth[..., None] - 0.5, truth, truth[::-1])], tempfile.mkdtemp() + "/overlays.png")
     """
-    present = sorted(set().union(*(np.unique(mask).tolist() for mask in (*labels, *predicted))))
+    present = sorted(set().union(*(np.unique(mask).tolist() for _, _, *masks in samples for mask in masks)))
     # A class has the colour of its number, whatever others are there.
     colours = matplotlib.colors.ListedColormap([_CLASSES[k % len(_CLASSES)] for k in range(present[-1] + 1)])
     style = {"cmap": colours, "vmin": -0.5, "vmax": present[-1] + 0.5, "interpolation": "nearest"}
-    figure = matplotlib.figure.Figure(figsize=(11, 2.75 * len(images) + 0.6), dpi=120, layout="constrained")
-    grid = figure.subplots(len(images), 4, squeeze=False)
-    for row, image, truth, prediction in zip(grid, images, labels, predicted, strict=True):
-        shown = (_middle(image, truth.shape) + 1) / 2
+    figure = matplotlib.figure.Figure(figsize=(11, 2.75 * len(samples) + 0.6), dpi=120, layout="constrained")
+    grid = figure.subplots(len(samples), 4, squeeze=False)
+    for row, (name, image, truth, prediction) in zip(grid, samples, strict=True):
+        shown = (np.clip(_middle(image, truth.shape), -1, 1) + 1) / 2
         shown = np.repeat(shown[..., :1], 3, -1) if shown.shape[-1] != 3 else shown
         wrong = truth != prediction
         for axes in row:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-        row[0].imshow(shown, vmin=0, vmax=1)
+        row[0].imshow(shown)
+        row[0].set_ylabel(name, fontsize=8)
         row[1].imshow(truth, **style)
         row[2].imshow(prediction, **style)
         row[3].imshow(shown)
         row[3].imshow(np.ma.masked_where(~wrong, truth), alpha=0.8, **style)
-        row[3].set_xlabel(f"{wrong.mean():.2%} of the pixels", fontsize=8)
+        row[3].set_xlabel(f"{wrong.mean():.1%} of the pixels", fontsize=8)
     for axes, title in zip(grid[0], ("image", "truth", "prediction", "errors, coloured by the truth"), strict=True):
         axes.set_title(title, fontsize=10)
     handles = [matplotlib.patches.Patch(color=colours(k), label=f"class {k}") for k in present]

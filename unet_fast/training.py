@@ -1,8 +1,8 @@
-"""Training a network into the folder of a run, and evaluating one.
+"""Training a network into the folder of a run.
 
-The recipe is NVIDIA's UNet_Medical's: cross-entropy plus soft Dice plus half the squared norm of all weights and biases times
-5e-4, Adam with 1e-4, batches of 8 for 6400 steps. The loop is explicit rather than `Model.fit`, which reads the loss back after
-every step to show it and so keeps a fast GPU waiting, and which knows no step to stop and to go on at but an epoch's last.
+The recipe is that of NVIDIA's UNet_Medical: cross-entropy plus soft Dice plus 5e-4 times half the squared norm of all
+weights and biases, Adam with 1e-4, batches of 8 for 6400 steps. The loop is explicit rather than `Model.fit`, which reads
+the loss back after every step for its callbacks and so keeps a fast GPU waiting, and which can go on at epochs only.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ import rich.progress
 import tensorflow as tf
 
 from unet_fast import __version__, checkpoints, crossval, report
-from unet_fast.data import evaluation_dataset, load_dataset, training_dataset
+from unet_fast.data import training_dataset
 from unet_fast.errors import UserError
+from unet_fast.evaluation import Evaluator, batches_of, load_labelled
 from unet_fast.layers import use_fused
 from unet_fast.losses import DiceCrossEntropy
-from unet_fast.metrics import Dice
 from unet_fast.models import FusedUNet
 from unet_fast.models.geometry import nearest_input_sizes
 
@@ -45,8 +45,8 @@ class Interrupted(KeyboardInterrupt):
 class AdamL2(keras.optimizers.Adam):
     """Adam on a loss that has the term l2 / 2 * (sum of the squares of all variables), biases too.
 
-    The term enters where its gradient, l2 * variable, joins the others', so that it costs no pass of its own and neither the
-    model nor its loss know of it. It is not `weight_decay`, which bypasses Adam's moments (Loshchilov & Hutter, 2019).
+    The term enters by its gradient, l2 * variable, so that it costs no pass of its own, and neither the model nor its
+    loss know of it. It is not `weight_decay`, which bypasses Adam's moments (Loshchilov & Hutter, 2019).
 
     Args:
         learning_rate, **kwargs: as `keras.optimizers.Adam`.
@@ -69,97 +69,10 @@ class AdamL2(keras.optimizers.Adam):
         return {**super().get_config(), "l2": self.l2}
 
 
-class Evaluator:
-    """Scores of a model on one set of batches, compiled once for any number of evaluations.
-
-    Args:
-        model: FusedUNet.
-        batches: tf.data.Dataset of (images [N, H, W, C], class indices [N, Ho, Wo]), as `unet_fast.data.evaluation_dataset`.
-
-    Calling it returns a dict of floats: `cross_entropy`, a mean over the samples; `soft_dice` as UNet_Medical counts it, the mean
-    over samples and classes; `loss`, of the two; `dice` and `iou`, hard, over all pixels together, the mean over the classes; and
-    `dice_per_class` and `iou_per_class`, lists. `samples` is their number.
-    """
-
-    def __init__(self, model, batches):
-        classes = model.num_classes
-        cross_entropy = DiceCrossEntropy(dice_weight=0.0, reduction=None, backend=model.backend)
-        self._batches = batches
-        self._cross_entropy = keras.metrics.Mean()
-        self._soft_dice = Dice(classes, soft=True)
-        self._dice = [Dice(classes, class_id=k) for k in range(classes)]
-
-        @tf.function(jit_compile=model.jit_compile, reduce_retracing=True, autograph=False)
-        def update(images, labels):
-            logits = model(images, training=False)
-            self._cross_entropy.update_state(cross_entropy(labels, logits))
-            for metric in (self._soft_dice, *self._dice):
-                metric.update_state(labels, logits)
-
-        self._update = update
-
-    def __call__(self):
-        for metric in (self._cross_entropy, self._soft_dice, *self._dice):
-            metric.reset_state()
-        samples = 0
-        for images, labels in self._batches:
-            self._update(images, labels)
-            samples += images.shape[0]
-        cross_entropy, soft_dice = float(self._cross_entropy.result()), float(self._soft_dice.result())
-        dice = [float(metric.result()) for metric in self._dice]
-        iou = [d / (2 - d) for d in dice]  # |P and T| / |P or T|, of D = 2 |P and T| / (|P| + |T|)
-        return {
-            "samples": samples,
-            "loss": cross_entropy + 1 - soft_dice,
-            "cross_entropy": cross_entropy,
-            "soft_dice": soft_dice,
-            "dice": float(np.mean(dice)),
-            "iou": float(np.mean(iou)),
-            "dice_per_class": dice,
-            "iou_per_class": iou,
-        }
-
-
-def evaluate_run(path, data=None):
-    """Score a run's model, and record the scores in its metrics.json where they are those of its own validation fold.
-
-    Args:
-        path: folder of the run.
-        data: another data folder, all of whose images are scored; None for the run's validation fold.
-
-    Returns:
-        dict, as `Evaluator`.
-
-    Raises:
-        UserError: no run there, or data that do not suit its model.
-    """
-    run = checkpoints.load_run(path)
-    dataset = _load_labelled(data or run.config.data, num_classes=run.facts.num_classes)
-    run.facts.check(dataset.images, data or run.config.data)
-    if dataset.images.shape[1:3] != run.facts.image_shape[:2]:
-        got, trained = ("x".join(map(str, s)) for s in (dataset.images.shape[1:3], run.facts.image_shape[:2]))
-        raise UserError(
-            f"{data or run.config.data}: expected images of {trained} pixels like the training's, got {got}; "
-            "crop them, or use `unet-fast predict`"
-        )
-    dataset = dataset.with_value_range(run.facts.value_range)
-    if data is None:
-        indices = crossval.load_split(run.path / checkpoints.SPLIT, dataset.names)[run.config.fold][1]
-    else:
-        indices = np.arange(len(dataset.images))
-    scores = Evaluator(run.model, _evaluation_batches(run.model, dataset, indices, run.config.batch))()
-    if data is None:
-        history = checkpoints.read_history(run.path)
-        step = {"step": _best(history)["step"]} if history else {}
-        scores = {"fold": run.config.fold, **step, **scores}
-        checkpoints.write_json(run.path / checkpoints.METRICS, scores)
-    return scores
-
-
 def train(config, out, *, resume=False, console=None):
     """Train a network into a folder, or go on with it.
 
-    Sets the global random seed. A first SIGINT or SIGTERM stops after the step at hand and saves it; a second one at once.
+    Sets the global random seed. A first SIGINT or SIGTERM stops after the step at hand and saves; a second one at once.
 
     Args:
         config: TrainConfig; to go on, the run's own from `TrainConfig.resumed`.
@@ -173,11 +86,23 @@ def train(config, out, *, resume=False, console=None):
     Raises:
         UserError: data, sizes or a folder that do not suit; another process at work there; training that diverged.
         Interrupted: a signal came.
+
+    >>> import os, tempfile
+    >>> from unet_fast.config import TrainConfig
+    >>> from unet_fast.evaluation import evaluate_run
+    >>> from unet_fast.training import train
+    >>> out = tempfile.mkdtemp()
+    >>> config = TrainConfig(data="synthetic", filters=2, depth=1, padding="same", size=32, steps=2, batch=1)
+    >>> scores = train(config, out, console=rich.console.Console(quiet=True))
+    >>> sorted(os.listdir(out))[1:]
+    ['config.json', 'curves.png', 'history.csv', 'last', 'metrics.json', 'model.keras', 'overlays.png', 'split.json']
+    >>> evaluate_run(out) == scores
+    True
     """
     out = Path(out)
     if not resume:
         checkpoints.check_new(out)
-    dataset = _load_labelled(config.data)
+    dataset = load_labelled(config.data)
     facts = checkpoints.DataFacts.of(dataset)
     config = _completed(config, facts)
     folds = crossval.folds(len(dataset.images), num_folds=config.folds, split=config.split)
@@ -186,7 +111,7 @@ def train(config, out, *, resume=False, console=None):
         if resume:
             if checkpoints.load_config(out)[1] != facts:
                 raise UserError(
-                    f"{config.data}: not the data that {out} was trained on; give --data with their new place"
+                    f"{config.data}: not the data that {out} was trained on; say with --data where they are"
                 )
             folds = crossval.load_split(out / checkpoints.SPLIT, dataset.names)
         else:
@@ -194,13 +119,6 @@ def train(config, out, *, resume=False, console=None):
             crossval.save_split(out / checkpoints.SPLIT, folds, dataset.names)
         checkpoints.save_config(out, config, facts, __version__)
         return trainer.run(*folds[config.fold], resume=resume)
-
-
-def _load_labelled(data, num_classes=None):
-    dataset = load_dataset(data, num_classes=num_classes)
-    if dataset.masks is None:
-        raise UserError(f"{data}: holds images but no masks; training and evaluation need them, add a folder masks/")
-    return dataset
 
 
 def _completed(config, facts):
@@ -212,28 +130,11 @@ def _completed(config, facts):
         side = min(facts.image_shape[:2])
         size = nearest_input_sizes(side, config.depth, config.padding)[0]
         if size is None:
-            raise UserError(
-                f"images of {side} pixels are too small to halve {config.depth} times; use a smaller --depth"
-            )
+            raise UserError(f"images of {side} pixels are too small to halve {config.depth} times; lower --depth")
     if eval_every is None:
         eval_every = max(config.steps // 20, 1)
     data = config.data if config.data == "synthetic" else str(Path(config.data).resolve())
     return dataclasses.replace(config, data=data, size=size, eval_every=eval_every)
-
-
-def _evaluation_batches(model, dataset, indices, batch_size):
-    return evaluation_dataset(
-        dataset,
-        indices,
-        input_size=model.input_shape[1:3],
-        output_size=model.output_shape[1:3],
-        batch_size=batch_size,
-    )
-
-
-def _best(history):
-    """The row of the history whose model was kept: the first with the highest mean Dice."""
-    return max(history, key=lambda row: row["val_dice"])
 
 
 class _Trainer:
@@ -280,47 +181,42 @@ class _Trainer:
         )
         if tf.config.list_physical_devices("GPU"):
             batches = batches.apply(tf.data.experimental.prefetch_to_device("GPU:0"))
-        validation_batches = _evaluation_batches(self.model, self.dataset, validation, config.batch)
-        evaluator = Evaluator(self.model, validation_batches)
+        evaluator = Evaluator(self.model, batches_of(self.model, self.dataset, validation, config.batch))
         self._say(
             f"{len(training)} training and {len(validation)} validation images, fold {config.fold} of {config.folds}; "
             f"{self.model.count_params():,} parameters, input {config.size}, output {self.model.output_shape[1]}; "
             f"{config.precision}, {'fused' if self.fused else 'stock'} ops, XLA {'on' if self.model.jit_compile else 'off'}"
         )
-        with _signals() as caught, self._progress() as show:
+        with _signals() as caught, self._bar() as show:
             self._loop(iter(batches), evaluator, caught, show)
-        return self._finish(validation_batches)
+        return self._finish(validation[:_OVERLAYS])
 
     def _loop(self, batches, evaluator, caught, show):
         config, train_step = self.config, self._make_train_step()
-        begin, looked, first = time.monotonic() - self.seconds, time.monotonic(), None
+        begin = time.monotonic() - self.seconds
+        looked, timed = time.monotonic(), None  # timed: (time, step) from which on the speed is taken
         while self.step < config.steps:
             self.losses.append(train_step(*next(batches)))
             self.step += 1
-            now = time.monotonic()
             evaluate = self.step % config.eval_every == 0 or self.step == config.steps
-            if first is None:
-                # The first step traces, compiles and tunes: it says nothing about the speed.
-                self._read_losses()
-                first = (time.monotonic(), self.step)
-            if evaluate or caught or now - looked >= _REFRESH:
-                self._read_losses()
+            if timed is None or evaluate or caught or time.monotonic() - looked >= _REFRESH:
+                self.losses = [float(loss) for loss in self.losses]
                 self._check_health()
-                looked = now = time.monotonic()
-                speed = (self.step - first[1]) * config.batch / (now - first[0]) if self.step > first[1] else None
+                looked = time.monotonic()
+                timed = timed or (looked, self.step)  # after the first step, which traces, compiles and tunes
+                steps = self.step - timed[1]
+                speed = steps * config.batch / (looked - timed[0]) if steps else None
                 show(self.losses[-1], speed)
-            self.seconds = now - begin
             if evaluate:
+                self.seconds = looked - begin
                 self._evaluate(evaluator, speed)
+                timed = time.monotonic(), self.step
+            if evaluate or caught:
                 self.seconds = time.monotonic() - begin
-                first = (time.monotonic(), self.step)
                 self._save()
             if caught:
-                self._save()
-                raise Interrupted(
-                    f"stopped at step {self.step} of {config.steps}; go on with `unet-fast train --out {self.out} --resume`",
-                    caught[0],
-                )
+                mend = f"go on with `unet-fast train --out {self.out} --resume`"
+                raise Interrupted(f"stopped at step {self.step} of {config.steps}; {mend}", caught[0])
 
     def _make_train_step(self):
         model, optimizer = self.model, self.optimizer
@@ -337,16 +233,13 @@ class _Trainer:
 
         return train_step
 
-    def _read_losses(self):
-        self.losses = [float(loss) for loss in self.losses]
-
     @property
     def _loss_scale(self):
         scale = getattr(self.optimizer, "dynamic_scale", None)
         return None if scale is None else float(scale)
 
     def _check_health(self):
-        # With a loss scale, a step whose gradients are not finite is left out and the scale halved; only without end is that bad.
+        # With a loss scale, a step without finite gradients is left out and the scale halved; only without end is that bad.
         if self._loss_scale is None and not math.isfinite(sum(self.losses)):
             raise self._diverged("the loss is not finite")
         if self._loss_scale is not None and self._loss_scale < 1:
@@ -354,7 +247,7 @@ class _Trainer:
 
     def _diverged(self, what):
         best = (
-            f"{checkpoints.MODEL} is that of step {_best(self.history)['step']}"
+            f"{checkpoints.MODEL} is that of step {checkpoints.best_row(self.history)['step']}"
             if self.history
             else "no model was saved"
         )
@@ -378,7 +271,7 @@ class _Trainer:
             **{f"val_{key}": value for key, value in scores.items() if isinstance(value, float)},
             **{f"val_dice_{k}": value for k, value in enumerate(scores["dice_per_class"])},
             **{f"val_iou_{k}": value for k, value in enumerate(scores["iou_per_class"])},
-            "lr": float(self.optimizer.learning_rate),
+            "lr": self.config.lr,
             "loss_scale": self._loss_scale,
             "skipped_steps": self.step - int(self.optimizer.iterations),
             "images_per_second": speed,
@@ -386,7 +279,7 @@ class _Trainer:
         }
         self.history.append(row)
         self.losses = []
-        is_best = _best(self.history) is row
+        is_best = checkpoints.best_row(self.history) is row
         if is_best:
             with checkpoints.atomic_path(self.out / checkpoints.MODEL, overwrite=True) as temporary:
                 self.model.save(temporary)
@@ -408,23 +301,22 @@ class _Trainer:
         self.history = [row for row in checkpoints.read_history(self.out) if row["step"] <= self.step]
         self._say(f"resumed at step {self.step} of {self.config.steps}")
 
-    def _finish(self, batches):
+    def _finish(self, indices):
         report.curves(self.history, self.out / checkpoints.CURVES)
         model = checkpoints.load_run(self.out).model
-        images, labels, predicted = [], [], []
-        for x, y in batches.unbatch().take(_OVERLAYS).batch(1):
-            predicted.append(model.predict_on_batch(x).argmax(-1)[0])
-            images.append(x[0].numpy())
-            labels.append(y[0].numpy())
-        report.overlays(images, labels, predicted, self.out / checkpoints.OVERLAYS)
+        samples = []
+        for index, (image, label) in zip(indices, batches_of(model, self.dataset, indices, 1), strict=True):
+            predicted = model.predict_on_batch(image).argmax(-1)
+            samples.append((self.dataset.names[index], image[0].numpy(), label[0].numpy(), predicted[0]))
+        report.overlays(samples, self.out / checkpoints.OVERLAYS)
         return checkpoints.read_json(self.out / checkpoints.METRICS)
 
     def _say(self, text):
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def _progress(self):
-        """Yields show(loss, images a second or None), which moves a progress bar where there is a terminal to draw on."""
+    def _bar(self):
+        """Yields show(loss, images a second or None), which moves a progress bar if there is a terminal to draw on."""
         columns = (
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
             rich.progress.BarColumn(),
