@@ -7,6 +7,7 @@ Environment variables, all optional:
   MAX_JOBS=4                     parallel compilations (default: the number of processors)
 """
 
+import importlib
 import os
 import pathlib
 import runpy
@@ -20,12 +21,20 @@ from setuptools.command.build_ext import build_ext
 ROOT = pathlib.Path(__file__).parent.resolve()
 
 
+def _program(name, folder):
+    """A build tool's path: that of its PyPI package in this Python, whether or not PATH leads there, else PATH's."""
+    try:
+        return str(pathlib.Path(getattr(importlib.import_module(name), folder)) / name)
+    except ImportError:
+        return shutil.which(name)
+
+
 class CMakeBuild(build_ext):
     def run(self):
         target = ROOT / "unet_fast" if self.inplace else pathlib.Path(self.build_lib).resolve() / "unet_fast"
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         fingerprint = runpy.run_path(str(ROOT / "unet_fast" / "_fingerprint.py"))["source_fingerprint"](ROOT)
-        cmake = shutil.which("cmake") or sys.exit("unet_fast needs cmake 3.24 or newer to build: pip install cmake")
+        cmake = _program("cmake", "CMAKE_BIN_DIR") or sys.exit("unet_fast needs cmake 3.24 or newer: pip install cmake")
         configure = [
             cmake,
             "-S",
@@ -39,8 +48,8 @@ class CMakeBuild(build_ext):
             f"-DUNET_FAST_FINGERPRINT={fingerprint}",
             f"-DUNET_FAST_CUDA={'OFF' if os.environ.get('UNET_FAST_CUDA') == '0' else 'ON'}",
         ]
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        if ninja := _program("ninja", "BIN_DIR"):
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
