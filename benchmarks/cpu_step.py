@@ -20,6 +20,7 @@ import time
 
 CASES = {  # the reference net, and what a small machine would rather train
     "572 valid, 64 filters, batch 1": {"size": 572, "padding": "valid", "filters": 64, "batch": 1},
+    "256 same, 32 filters, batch 2": {"size": 256, "padding": "same", "filters": 32, "batch": 2},
     "256 same, 16 filters, batch 4": {"size": 256, "padding": "same", "filters": 16, "batch": 4},
 }
 MODES = ("graph", "xla")

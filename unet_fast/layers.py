@@ -10,17 +10,20 @@ from unet_fast.errors import UserError
 
 _BACKENDS = ("auto", "fused", "stock")
 _DTYPES = ("float32", "float16", "bfloat16")
+GPU_DTYPES = ("float16", "bfloat16")  # what the ops' GPU kernels take
 
 
-def use_fused(backend, dtype):
+def use_fused(backend, dtype, *, on_cpu=True):
     """Whether a computation in `dtype` runs on the fused ops here.
 
-    "auto" takes the fused ops where they are the faster ones: on a GPU when the library was built with CUDA; on a CPU
-    in float32. With the environment variable UNET_FAST_REQUIRE_KERNELS=1 it raises rather than do without the library.
+    "auto" takes the fused ops where they are the faster ones: on a GPU in float16 and bfloat16, when the library was
+    built with CUDA; on a CPU in float32, unless the caller knows better. With the environment variable
+    UNET_FAST_REQUIRE_KERNELS=1 it raises rather than do without the library.
 
     Args:
         backend: "auto", "fused" or "stock".
         dtype: the compute dtype's name.
+        on_cpu: whether the fused ops are the faster ones for this computation on a CPU in float32.
 
     Raises:
         UserError: an unknown backend; "fused", or "auto" with UNET_FAST_REQUIRE_KERNELS=1, where the ops cannot run.
@@ -38,8 +41,12 @@ def use_fused(backend, dtype):
         obstacle = library.reason
     elif gpu and not library.cuda:
         obstacle = "the library was built without CUDA and this machine has a GPU"
+    elif gpu and dtype not in GPU_DTYPES:
+        if backend == "auto":
+            return False
+        obstacle = f"on a GPU they take {' and '.join(GPU_DTYPES)}, not {dtype}"
     else:
-        return backend == "fused" or gpu or dtype == "float32"
+        return backend == "fused" or gpu or (dtype == "float32" and on_cpu)
     if backend == "fused" or os.environ.get("UNET_FAST_REQUIRE_KERNELS") == "1":
         wanted = "backend='fused'" if backend == "fused" else "UNET_FAST_REQUIRE_KERNELS=1"
         raise unwrapped(
@@ -112,6 +119,7 @@ class FusedConv2D(keras.layers.Conv2D):
         self.pool = pool
         self.input_is_relu = input_is_relu
         self.backend = backend
+        self.fused_on_cpu = True  # for backend "auto"; a model that knows better sets it
         self.input_spec = None  # Conv2D's own admits a single input only; build() sets the right one.
         _check_servable(self)
         if pool and self.data_format != "channels_last":
@@ -141,7 +149,7 @@ class FusedConv2D(keras.layers.Conv2D):
 
     def call(self, inputs):
         x, skip = _pair(inputs)
-        if self._obstacle is None and use_fused(self.backend, self.compute_dtype):
+        if self._obstacle is None and use_fused(self.backend, self.compute_dtype, on_cpu=self.fused_on_cpu):
             return ops.conv2d_bias_relu(
                 x,
                 keras.ops.cast(self.kernel, self.compute_dtype),
@@ -216,6 +224,7 @@ class FusedConv2DTranspose(keras.layers.Conv2DTranspose):
         super().__init__(filters, kernel_size, *args, **kwargs)
         check_backend(backend)
         self.backend = backend
+        self.fused_on_cpu = True  # for backend "auto"; a model that knows better sets it
         _check_servable(self)
 
     @property
@@ -233,7 +242,7 @@ class FusedConv2DTranspose(keras.layers.Conv2DTranspose):
         )
 
     def call(self, inputs):
-        if self._obstacle is None and use_fused(self.backend, self.compute_dtype):
+        if self._obstacle is None and use_fused(self.backend, self.compute_dtype, on_cpu=self.fused_on_cpu):
             return ops.conv2d_transpose_bias_relu(
                 inputs,
                 keras.ops.cast(self.kernel, self.compute_dtype),

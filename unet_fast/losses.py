@@ -113,7 +113,9 @@ class DiceCrossEntropy(keras.losses.Loss):
             # -1 is no class, so ignoring it takes none out of the Dice term.
             ignore_class = -1 if ignore_class is None else ignore_class
             labels = tf.where(_pixel_mask(mask, labels), labels, ignore_class)
-        op = ops if use_fused(self.backend, "float32") else reference
+        # On a CPU the op takes every dtype and computes in float32, to which stock TensorFlow would have to cast first.
+        dtype = logits.dtype.name if tf.config.list_physical_devices("GPU") else "float32"
+        op = ops if use_fused(self.backend, dtype) else reference
         return op.dice_cross_entropy(
             labels,
             logits,

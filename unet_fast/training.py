@@ -23,7 +23,6 @@ from unet_fast import __version__, checkpoints, crossval, report
 from unet_fast.data import training_dataset
 from unet_fast.errors import UserError
 from unet_fast.evaluation import Evaluator, batches_of, load_labelled
-from unet_fast.layers import use_fused
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
 from unet_fast.models.geometry import nearest_input_sizes
@@ -155,7 +154,6 @@ class _Trainer:
             dtype=config.precision,
         )
         checkpoints.set_jit(self.model, config)
-        self.fused = use_fused(config.backend, self.model.compute_dtype)
         self.optimizer = AdamL2(config.lr, config.l2)
         if config.precision == "mixed_float16":
             self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
@@ -182,10 +180,11 @@ class _Trainer:
         if tf.config.list_physical_devices("GPU"):
             batches = batches.apply(tf.data.experimental.prefetch_to_device("GPU:0"))
         evaluator = Evaluator(self.model, batches_of(self.model, self.dataset, validation, config.batch))
+        ops = "fused" if self.model.uses_fused_ops else "stock"
         self._say(
             f"{len(training)} training and {len(validation)} validation images, fold {config.fold} of {config.folds}; "
             f"{self.model.count_params():,} parameters, input {config.size}, output {self.model.output_shape[1]}; "
-            f"{config.precision}, {'fused' if self.fused else 'stock'} ops, XLA {'on' if self.model.jit_compile else 'off'}"
+            f"{config.precision}, {ops} ops, XLA {'on' if self.model.jit_compile else 'off'}"
         )
         with _signals() as caught, self._bar() as show:
             self._loop(iter(batches), evaluator, caught, show)

@@ -5,6 +5,7 @@
 #include "conv/cpu/primitives.h"
 #ifdef UNET_FAST_CUDA
 #include "common/device.h"
+#include "gpu_kernels.h"
 #endif
 
 namespace py = pybind11;
@@ -18,6 +19,8 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda") = true;
   m.attr("cuda_version") = UNET_FAST_CUDA_VERSION;
   m.attr("cuda_architectures") = UNET_FAST_CUDA_ARCHITECTURES;
+  pybind11::module_ gpu = m.def_submodule("gpu");
+  unet_fast::BindGpuKernels(gpu);
 #else
   m.attr("cuda") = false;
   m.attr("cuda_version") = "";
@@ -26,6 +29,16 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "cpu_isa", [] { return unet_fast::cpu::GetPrimitives().isa; },
       "Instruction set that the CPU kernels of this process run on: 'baseline', 'avx2' or 'avx512'.");
+  m.def(
+      "cuda_driver_version",
+      [] {
+#ifdef UNET_FAST_CUDA
+        return unet_fast::CudaDriverVersion();
+#else
+        return 0;
+#endif
+      },
+      "The CUDA version that the GPU's driver supports, 13000 for 13.0; 0 without a driver.");
   m.def(
       "gpu_devices",
       [] {

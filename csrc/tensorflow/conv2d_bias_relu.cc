@@ -1,7 +1,10 @@
-// UnetFastConv2DBiasRelu and its gradient: definition, shape functions, CPU kernels.
+// UnetFastConv2DBiasRelu and its gradient: definition, shape functions, CPU and GPU kernels.
 #include "conv/cpu/conv2d.h"
 #include "tensorflow/common.h"
 #include "tensorflow/core/framework/op.h"
+#ifdef UNET_FAST_CUDA
+#include "conv/gpu.h"
+#endif
 
 namespace unet_fast {
 namespace {
@@ -107,6 +110,7 @@ class Base : public OpKernel {
   int num_skip_ = 0, num_pooled_ = 0;
 };
 
+template <bool kGpu>
 class Forward : public Base {
  public:
   using Base::Base;
@@ -123,13 +127,23 @@ class Forward : public Base {
     OP_REQUIRES_OK(c, c->allocate_output(0, y_shape, &y));
     if (p.pool) OP_REQUIRES_OK(c, c->allocate_output(1, pooled_shape, &pooled));
     if (p.batch == 0) return;
-    OpThreadPool pool(c);
-    cpu::Conv2DBiasRelu(pool, p,
-                        {x.data(), skip != nullptr ? skip->data() : nullptr, kernel.data(), bias.data(), y->data(),
-                         pooled != nullptr ? pooled->data() : nullptr});
+    const Conv2DForward data = {x.data(),  skip != nullptr ? skip->data() : nullptr,    kernel.data(), bias.data(),
+                                y->data(), pooled != nullptr ? pooled->data() : nullptr};
+    if constexpr (kGpu) {
+#ifdef UNET_FAST_CUDA
+      Tensor storage;
+      void* workspace;
+      OP_REQUIRES_OK(c, GpuWorkspace(c, gpu::Conv2DBiasReluWorkspaceBytes(p), &storage, &workspace));
+      OP_REQUIRES_OK(c, GpuStatus("conv2d_bias_relu", gpu::Conv2DBiasRelu(GpuStream(c), p, data, workspace)));
+#endif
+    } else {
+      OpThreadPool pool(c);
+      cpu::Conv2DBiasRelu(pool, p, data);
+    }
   }
 };
 
+template <bool kGpu>
 class Grad : public Base {
  public:
   explicit Grad(OpKernelConstruction* c) : Base(c) {
@@ -154,11 +168,20 @@ class Grad : public Base {
     if (num_dskip_ == 1) OP_REQUIRES_OK(c, c->allocate_output(output++, skip->shape(), &dskip));
     OP_REQUIRES_OK(c, c->allocate_output(output++, kernel.shape(), &dkernel));
     OP_REQUIRES_OK(c, c->allocate_output(output, TensorShape({p.filters}), &dbias));
-    OpThreadPool pool(c);
-    const auto data = [](const Tensor* t) { return t != nullptr ? t->data() : nullptr; };
-    cpu::Conv2DBiasReluGrad(pool, p,
-                            {dy.data(), data(dpooled), y.data(), x.data(), data(skip), kernel.data(), data(dx),
-                             data(dskip), dkernel->data(), dbias->data()});
+    const auto at = [](const Tensor* t) { return t != nullptr ? t->data() : nullptr; };
+    const Conv2DGradient data = {dy.data(),     at(dpooled), y.data(),  x.data(),        at(skip),
+                                 kernel.data(), at(dx),      at(dskip), dkernel->data(), dbias->data()};
+    if constexpr (kGpu) {
+#ifdef UNET_FAST_CUDA
+      Tensor storage;
+      void* workspace;
+      OP_REQUIRES_OK(c, GpuWorkspace(c, gpu::Conv2DBiasReluGradWorkspaceBytes(p), &storage, &workspace));
+      OP_REQUIRES_OK(c, GpuStatus(op, gpu::Conv2DBiasReluGrad(GpuStream(c), p, data, workspace)));
+#endif
+    } else {
+      OpThreadPool pool(c);
+      cpu::Conv2DBiasReluGrad(pool, p, data);
+    }
   }
 
  private:
@@ -201,8 +224,8 @@ REGISTER_OP("UnetFastConv2DBiasReluGrad")
     .Attr("input_is_relu: bool = false")
     .SetShapeFn(GradShape);
 
-REGISTER_KERNEL_BUILDER(Name("UnetFastConv2DBiasRelu").Device(tensorflow::DEVICE_CPU), Forward);
-REGISTER_KERNEL_BUILDER(Name("UnetFastConv2DBiasReluGrad").Device(tensorflow::DEVICE_CPU), Grad);
+UNET_FAST_REGISTER_KERNELS("UnetFastConv2DBiasRelu", Forward);
+UNET_FAST_REGISTER_KERNELS("UnetFastConv2DBiasReluGrad", Grad);
 
 }  // namespace
 }  // namespace unet_fast

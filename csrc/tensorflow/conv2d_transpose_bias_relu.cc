@@ -1,7 +1,10 @@
-// UnetFastConv2DTransposeBiasRelu and its gradient: definition, shape functions, CPU kernels.
+// UnetFastConv2DTransposeBiasRelu and its gradient: definition, shape functions, CPU and GPU kernels.
 #include "conv/cpu/conv2d.h"
 #include "tensorflow/common.h"
 #include "tensorflow/core/framework/op.h"
+#ifdef UNET_FAST_CUDA
+#include "conv/gpu.h"
+#endif
 
 namespace unet_fast {
 namespace {
@@ -60,6 +63,7 @@ class Base : public OpKernel {
   Conv2DTransposeProblem flags_;
 };
 
+template <bool kGpu>
 class Forward : public Base {
  public:
   using Base::Base;
@@ -73,11 +77,23 @@ class Forward : public Base {
     Tensor* y = nullptr;
     OP_REQUIRES_OK(c, c->allocate_output(0, y_shape, &y));
     if (p.batch == 0) return;
-    OpThreadPool pool(c);
-    cpu::Conv2DTransposeBiasRelu(pool, p, {x.data(), kernel.data(), bias.data(), y->data()});
+    const Conv2DTransposeForward data = {x.data(), kernel.data(), bias.data(), y->data()};
+    if constexpr (kGpu) {
+#ifdef UNET_FAST_CUDA
+      Tensor storage;
+      void* workspace;
+      OP_REQUIRES_OK(c, GpuWorkspace(c, gpu::Conv2DTransposeBiasReluWorkspaceBytes(p), &storage, &workspace));
+      OP_REQUIRES_OK(
+          c, GpuStatus("conv2d_transpose_bias_relu", gpu::Conv2DTransposeBiasRelu(GpuStream(c), p, data, workspace)));
+#endif
+    } else {
+      OpThreadPool pool(c);
+      cpu::Conv2DTransposeBiasRelu(pool, p, data);
+    }
   }
 };
 
+template <bool kGpu>
 class Grad : public Base {
  public:
   explicit Grad(OpKernelConstruction* c) : Base(c) { OP_REQUIRES_OK(c, c->GetAttr("num_dx", &num_dx_)); }
@@ -92,10 +108,20 @@ class Grad : public Base {
     if (num_dx_ == 1) OP_REQUIRES_OK(c, c->allocate_output(0, x.shape(), &dx));
     OP_REQUIRES_OK(c, c->allocate_output(num_dx_, kernel.shape(), &dkernel));
     OP_REQUIRES_OK(c, c->allocate_output(num_dx_ + 1, TensorShape({p.filters}), &dbias));
-    OpThreadPool pool(c);
-    cpu::Conv2DTransposeBiasReluGrad(pool, p,
-                                     {dy.data(), y.data(), x.data(), kernel.data(),
-                                      dx != nullptr ? dx->data() : nullptr, dkernel->data(), dbias->data()});
+    const Conv2DTransposeGradient data = {
+        dy.data(),       y.data(),     x.data(), kernel.data(), dx != nullptr ? dx->data() : nullptr,
+        dkernel->data(), dbias->data()};
+    if constexpr (kGpu) {
+#ifdef UNET_FAST_CUDA
+      Tensor storage;
+      void* workspace;
+      OP_REQUIRES_OK(c, GpuWorkspace(c, gpu::Conv2DTransposeBiasReluGradWorkspaceBytes(p), &storage, &workspace));
+      OP_REQUIRES_OK(c, GpuStatus(op, gpu::Conv2DTransposeBiasReluGrad(GpuStream(c), p, data, workspace)));
+#endif
+    } else {
+      OpThreadPool pool(c);
+      cpu::Conv2DTransposeBiasReluGrad(pool, p, data);
+    }
   }
 
  private:
@@ -124,8 +150,8 @@ REGISTER_OP("UnetFastConv2DTransposeBiasReluGrad")
     .Attr("activation: {'relu', 'linear'} = 'relu'")
     .SetShapeFn(GradShape);
 
-REGISTER_KERNEL_BUILDER(Name("UnetFastConv2DTransposeBiasRelu").Device(tensorflow::DEVICE_CPU), Forward);
-REGISTER_KERNEL_BUILDER(Name("UnetFastConv2DTransposeBiasReluGrad").Device(tensorflow::DEVICE_CPU), Grad);
+UNET_FAST_REGISTER_KERNELS("UnetFastConv2DTransposeBiasRelu", Forward);
+UNET_FAST_REGISTER_KERNELS("UnetFastConv2DTransposeBiasReluGrad", Grad);
 
 }  // namespace
 }  // namespace unet_fast

@@ -1,8 +1,11 @@
-// UnetFastDiceCrossEntropy and its gradient: definition, shape functions, CPU kernels.
+// UnetFastDiceCrossEntropy and its gradient: definition, shape functions, CPU and GPU kernels.
 #include "loss/dice_cross_entropy.h"
 
 #include "tensorflow/common.h"
 #include "tensorflow/core/framework/op.h"
+#ifdef UNET_FAST_CUDA
+#include "loss/gpu.h"
+#endif
 
 namespace unet_fast {
 namespace {
@@ -67,6 +70,7 @@ class Base : public OpKernel {
   DiceCrossEntropyProblem flags_;
 };
 
+template <bool kGpu>
 class Forward : public Base {
  public:
   using Base::Base;
@@ -78,14 +82,27 @@ class Forward : public Base {
     OP_REQUIRES_OK(c, c->allocate_output(0, TensorShape({p.batch}), &loss));
     OP_REQUIRES_OK(c, c->allocate_output(1, TensorShape({p.batch, 3, p.classes}), &sums));
     OP_REQUIRES_OK(c, c->allocate_output(2, TensorShape({p.batch, 2}), &ce));
-    OpThreadPool pool(c);
-    const BadLabel bad =
-        cpu::DiceCrossEntropy(pool, p, labels.data(), logits.data(), class_weights.flat<float>().data(),
-                              loss->flat<float>().data(), sums->flat<float>().data(), ce->flat<float>().data());
-    OP_REQUIRES_OK(c, Invalid(kOp, bad.Message(p)));
+    const float* weights = class_weights.flat<float>().data();
+    float *loss_data = loss->flat<float>().data(), *sums_data = sums->flat<float>().data();
+    float* ce_data = ce->flat<float>().data();
+    if constexpr (kGpu) {
+#ifdef UNET_FAST_CUDA
+      Tensor storage;
+      void* workspace;
+      OP_REQUIRES_OK(c, GpuWorkspace(c, gpu::DiceCrossEntropyWorkspaceBytes(p), &storage, &workspace));
+      OP_REQUIRES_OK(c, GpuStatus(kOp, gpu::DiceCrossEntropy(GpuStream(c), p, labels.data(), logits.data(), weights,
+                                                             loss_data, sums_data, ce_data, workspace)));
+#endif
+    } else {
+      OpThreadPool pool(c);
+      const BadLabel bad =
+          cpu::DiceCrossEntropy(pool, p, labels.data(), logits.data(), weights, loss_data, sums_data, ce_data);
+      OP_REQUIRES_OK(c, Invalid(kOp, bad.Message(p)));
+    }
   }
 };
 
+template <bool kGpu>
 class Grad : public Base {
  public:
   using Base::Base;
@@ -99,10 +116,19 @@ class Grad : public Base {
     OP_REQUIRES_OK(c, Invalid(kOp, CheckDims("ce", ToDims(ce.shape()), {p.batch, 2})));
     Tensor* dlogits = nullptr;
     OP_REQUIRES_OK(c, c->allocate_output(0, logits.shape(), &dlogits));
-    OpThreadPool pool(c);
-    cpu::DiceCrossEntropyGrad(pool, p, dloss.flat<float>().data(), labels.data(), logits.data(),
-                              class_weights.flat<float>().data(), sums.flat<float>().data(), ce.flat<float>().data(),
-                              dlogits->data());
+    const float *dloss_data = dloss.flat<float>().data(), *weights = class_weights.flat<float>().data();
+    const float *sums_data = sums.flat<float>().data(), *ce_data = ce.flat<float>().data();
+    if constexpr (kGpu) {
+#ifdef UNET_FAST_CUDA
+      OP_REQUIRES_OK(c,
+                     GpuStatus(kOp, gpu::DiceCrossEntropyGrad(GpuStream(c), p, dloss_data, labels.data(), logits.data(),
+                                                              weights, sums_data, ce_data, dlogits->data())));
+#endif
+    } else {
+      OpThreadPool pool(c);
+      cpu::DiceCrossEntropyGrad(pool, p, dloss_data, labels.data(), logits.data(), weights, sums_data, ce_data,
+                                dlogits->data());
+    }
   }
 };
 
@@ -140,8 +166,8 @@ REGISTER_OP("UnetFastDiceCrossEntropyGrad")
       return absl::OkStatus();
     });
 
-REGISTER_KERNEL_BUILDER(Name("UnetFastDiceCrossEntropy").Device(tensorflow::DEVICE_CPU), Forward);
-REGISTER_KERNEL_BUILDER(Name("UnetFastDiceCrossEntropyGrad").Device(tensorflow::DEVICE_CPU), Grad);
+UNET_FAST_REGISTER_KERNELS("UnetFastDiceCrossEntropy", Forward);
+UNET_FAST_REGISTER_KERNELS("UnetFastDiceCrossEntropyGrad", Grad);
 
 }  // namespace
 }  // namespace unet_fast

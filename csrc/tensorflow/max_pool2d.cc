@@ -1,8 +1,11 @@
-// UnetFastMaxPool2D and its gradient: definition, shape functions, CPU kernels.
+// UnetFastMaxPool2D and its gradient: definition, shape functions, CPU and GPU kernels.
 #include "pool/max_pool2d.h"
 
 #include "tensorflow/common.h"
 #include "tensorflow/core/framework/op.h"
+#ifdef UNET_FAST_CUDA
+#include "pool/gpu.h"
+#endif
 
 namespace unet_fast {
 namespace {
@@ -30,6 +33,7 @@ absl::Status CheckX(const Tensor& x) {
                  "x: expected a shape [batch, height, width, channels], got " + ToString(ToDims(x.shape())));
 }
 
+template <bool kGpu>
 class Forward : public OpKernel {
  public:
   using OpKernel::OpKernel;
@@ -39,12 +43,21 @@ class Forward : public OpKernel {
     Tensor* y = nullptr;
     OP_REQUIRES_OK(c, c->allocate_output(
                           0, TensorShape({x.dim_size(0), x.dim_size(1) / 2, x.dim_size(2) / 2, x.dim_size(3)}), &y));
-    OpThreadPool pool(c);
-    cpu::MaxPool2D(pool, ToDType(x.dtype()), x.dim_size(0), x.dim_size(1), x.dim_size(2), x.dim_size(3), x.data(),
-                   y->data());
+    const int64_t n = x.dim_size(0), h = x.dim_size(1), w = x.dim_size(2), channels = x.dim_size(3);
+    if (y->NumElements() == 0) return;
+    if constexpr (kGpu) {
+#ifdef UNET_FAST_CUDA
+      OP_REQUIRES_OK(c, GpuStatus("max_pool2d", gpu::MaxPool2D(GpuStream(c), ToDType(x.dtype()), n, h, w, channels,
+                                                               x.data(), y->data())));
+#endif
+    } else {
+      OpThreadPool pool(c);
+      cpu::MaxPool2D(pool, ToDType(x.dtype()), n, h, w, channels, x.data(), y->data());
+    }
   }
 };
 
+template <bool kGpu>
 class Grad : public OpKernel {
  public:
   using OpKernel::OpKernel;
@@ -56,9 +69,18 @@ class Grad : public OpKernel {
                                         {x.dim_size(0), x.dim_size(1) / 2, x.dim_size(2) / 2, x.dim_size(3)})));
     Tensor* dx = nullptr;
     OP_REQUIRES_OK(c, c->allocate_output(0, x.shape(), &dx));
-    OpThreadPool pool(c);
-    cpu::MaxPool2DGrad(pool, ToDType(x.dtype()), x.dim_size(0), x.dim_size(1), x.dim_size(2), x.dim_size(3), x.data(),
-                       dy.data(), dx->data());
+    const int64_t n = x.dim_size(0), h = x.dim_size(1), w = x.dim_size(2), channels = x.dim_size(3);
+    if (x.NumElements() == 0) return;
+    if constexpr (kGpu) {
+#ifdef UNET_FAST_CUDA
+      OP_REQUIRES_OK(
+          c, GpuStatus("max_pool2d gradient", gpu::MaxPool2DGrad(GpuStream(c), ToDType(x.dtype()), n, h, w, channels,
+                                                                 x.data(), dy.data(), dx->data())));
+#endif
+    } else {
+      OpThreadPool pool(c);
+      cpu::MaxPool2DGrad(pool, ToDType(x.dtype()), n, h, w, channels, x.data(), dy.data(), dx->data());
+    }
   }
 };
 
@@ -78,8 +100,8 @@ REGISTER_OP("UnetFastMaxPool2DGrad")
       return absl::OkStatus();
     });
 
-REGISTER_KERNEL_BUILDER(Name("UnetFastMaxPool2D").Device(tensorflow::DEVICE_CPU), Forward);
-REGISTER_KERNEL_BUILDER(Name("UnetFastMaxPool2DGrad").Device(tensorflow::DEVICE_CPU), Grad);
+UNET_FAST_REGISTER_KERNELS("UnetFastMaxPool2D", Forward);
+UNET_FAST_REGISTER_KERNELS("UnetFastMaxPool2DGrad", Grad);
 
 }  // namespace
 }  // namespace unet_fast

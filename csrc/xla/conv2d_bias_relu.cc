@@ -1,5 +1,8 @@
 // Lowering of UnetFastConv2DBiasRelu and its gradient.
 #include "xla/lowering.h"
+#ifdef UNET_FAST_CUDA
+#include "conv/gpu.h"
+#endif
 
 namespace unet_fast {
 namespace {
@@ -16,12 +19,14 @@ class Base : public tensorflow::XlaOpKernel {
     flags_.same = padding == "same";
     flags_.relu = activation == "relu";
     flags_.pool = num_pooled_ == 1;
+    for_gpu_ = ForGpu(c);
   }
 
  protected:
   // x is operand `first`, skip and kernel follow.
   bool SetProblem(tensorflow::XlaOpKernelContext* c, int first, Conv2DProblem* p) const {
     *p = flags_;
+    p->dtype = ToDType(c->input_type(first));
     const Dims skip = num_skip_ == 1 ? ToDims(c->InputShape(first + 1)) : Dims();
     const absl::Status status =
         Invalid("conv2d_bias_relu", p->SetDims(ToDims(c->InputShape(first)), num_skip_ == 1 ? &skip : nullptr,
@@ -39,6 +44,7 @@ class Base : public tensorflow::XlaOpKernel {
   }
   Conv2DProblem flags_;
   int num_skip_ = 0, num_pooled_ = 0;
+  bool for_gpu_ = false;
 };
 
 class Forward : public Base {
@@ -51,6 +57,9 @@ class Forward : public Base {
                    Invalid("conv2d_bias_relu", CheckDims("bias", ToDims(c->InputShape(2 + num_skip_)), {p.filters})));
     std::vector<xla::Shape> results = {RowMajor(c->input_xla_type(0), p.y_dims())};
     if (p.pool) results.push_back(RowMajor(c->input_xla_type(0), p.pooled_dims()));
+#ifdef UNET_FAST_CUDA
+    if (for_gpu_) results.push_back(Workspace(gpu::Conv2DBiasReluWorkspaceBytes(p)));
+#endif
     EmitCustomCall(c, "unet_fast_conv2d_bias_relu", Flags(), results);
   }
 };
@@ -74,6 +83,9 @@ class Grad : public Base {
     if (num_dskip_ == 1) results.push_back(RowMajor(type, p.skip_dims()));
     results.push_back(RowMajor(type, p.kernel_dims()));
     results.push_back(RowMajor(type, {p.filters}));
+#ifdef UNET_FAST_CUDA
+    if (for_gpu_) results.push_back(Workspace(gpu::Conv2DBiasReluGradWorkspaceBytes(p)));
+#endif
     EmitCustomCall(c, "unet_fast_conv2d_bias_relu_grad", Flags().Int("num_dx", num_dx_).Int("num_dskip", num_dskip_),
                    results);
   }

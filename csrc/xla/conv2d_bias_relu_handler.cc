@@ -1,33 +1,64 @@
 // Handlers of the custom calls that xla/conv2d_bias_relu.cc emits; shapes were checked there.
 #include "conv/cpu/conv2d.h"
 #include "xla/handler.h"
+#ifdef UNET_FAST_CUDA
+#include "conv/gpu.h"
+#endif
 
 namespace unet_fast {
 namespace {
 
-Conv2DProblem Problem(const ffi::AnyBuffer& x, const ffi::AnyBuffer* skip, const ffi::AnyBuffer& kernel, int64_t same,
-                      int64_t relu, int64_t num_pooled, int64_t input_is_relu, std::string* error) {
+constexpr char kOp[] = "conv2d_bias_relu", kGradOp[] = "conv2d_bias_relu gradient";
+
+// The attributes that both calls have.
+struct Flags {
+  int64_t same, relu, num_skip, num_pooled, input_is_relu;
+};
+
+Conv2DProblem Problem(const ffi::AnyBuffer& x, const ffi::AnyBuffer* skip, const ffi::AnyBuffer& kernel,
+                      const Flags& flags, std::string* error) {
   Conv2DProblem p;
   p.dtype = ToDType(x.element_type());
-  p.same = same, p.relu = relu, p.pool = num_pooled == 1, p.input_is_relu = input_is_relu;
+  p.same = flags.same, p.relu = flags.relu, p.pool = flags.num_pooled == 1, p.input_is_relu = flags.input_is_relu;
   const Dims skip_dims = skip != nullptr ? ToDims(*skip) : Dims();
   *error = p.SetDims(ToDims(x), skip != nullptr ? &skip_dims : nullptr, ToDims(kernel));
   return p;
 }
 
+// The operands and results in their order, and the problem that they pose.
+std::string ReadForward(Cursor* at, const Flags& flags, Conv2DProblem* p, Conv2DForward* data) {
+  const ffi::AnyBuffer x = at->Arg(), skip = flags.num_skip == 1 ? at->Arg() : x, kernel = at->Arg(), bias = at->Arg();
+  std::string error;
+  *p = Problem(x, flags.num_skip == 1 ? &skip : nullptr, kernel, flags, &error);
+  data->x = x.untyped_data(), data->skip = flags.num_skip == 1 ? skip.untyped_data() : nullptr;
+  data->kernel = kernel.untyped_data(), data->bias = bias.untyped_data();
+  data->y = at->Ret(), data->pooled = p->pool ? at->Ret() : nullptr;
+  return error;
+}
+
+std::string ReadGrad(Cursor* at, const Flags& flags, int64_t num_dx, int64_t num_dskip, Conv2DProblem* p,
+                     Conv2DGradient* data) {
+  data->dy = at->Arg().untyped_data();
+  data->dpooled = flags.num_pooled == 1 ? at->Arg().untyped_data() : nullptr;
+  data->y = at->Arg().untyped_data();
+  const ffi::AnyBuffer x = at->Arg(), skip = flags.num_skip == 1 ? at->Arg() : x, kernel = at->Arg();
+  std::string error;
+  *p = Problem(x, flags.num_skip == 1 ? &skip : nullptr, kernel, flags, &error);
+  data->x = x.untyped_data(), data->skip = flags.num_skip == 1 ? skip.untyped_data() : nullptr;
+  data->kernel = kernel.untyped_data();
+  data->dx = num_dx == 1 ? at->Ret() : nullptr, data->dskip = num_dskip == 1 ? at->Ret() : nullptr;
+  data->dkernel = at->Ret(), data->dbias = at->Ret();
+  return error;
+}
+
 ffi::Error Forward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t same,
                    int64_t relu, int64_t num_skip, int64_t num_pooled, int64_t input_is_relu) {
   Cursor at(args, rets);
-  const ffi::AnyBuffer x = at.Arg(), skip = num_skip == 1 ? at.Arg() : x, kernel = at.Arg(), bias = at.Arg();
-  std::string error;
-  const Conv2DProblem p =
-      Problem(x, num_skip == 1 ? &skip : nullptr, kernel, same, relu, num_pooled, input_is_relu, &error);
-  if (!error.empty()) return ToError("conv2d_bias_relu", error);
+  Conv2DProblem p;
+  Conv2DForward data;
+  const std::string error = ReadForward(&at, {same, relu, num_skip, num_pooled, input_is_relu}, &p, &data);
+  if (!error.empty()) return ToError(kOp, error);
   FfiThreadPool pool(threads);
-  cpu::Conv2DForward data;
-  data.x = x.untyped_data(), data.skip = num_skip == 1 ? skip.untyped_data() : nullptr;
-  data.kernel = kernel.untyped_data(), data.bias = bias.untyped_data();
-  data.y = at.Ret(), data.pooled = p.pool ? at.Ret() : nullptr;
   cpu::Conv2DBiasRelu(pool, p, data);
   return ffi::Error::Success();
 }
@@ -35,38 +66,60 @@ ffi::Error Forward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Remain
 ffi::Error Grad(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t same, int64_t relu,
                 int64_t num_skip, int64_t num_pooled, int64_t input_is_relu, int64_t num_dx, int64_t num_dskip) {
   Cursor at(args, rets);
-  cpu::Conv2DGradient data;
-  data.dy = at.Arg().untyped_data();
-  data.dpooled = num_pooled == 1 ? at.Arg().untyped_data() : nullptr;
-  data.y = at.Arg().untyped_data();
-  const ffi::AnyBuffer x = at.Arg(), skip = num_skip == 1 ? at.Arg() : x, kernel = at.Arg();
-  std::string error;
-  const Conv2DProblem p =
-      Problem(x, num_skip == 1 ? &skip : nullptr, kernel, same, relu, num_pooled, input_is_relu, &error);
-  if (!error.empty()) return ToError("conv2d_bias_relu gradient", error);
+  Conv2DProblem p;
+  Conv2DGradient data;
+  const Flags flags = {same, relu, num_skip, num_pooled, input_is_relu};
+  const std::string error = ReadGrad(&at, flags, num_dx, num_dskip, &p, &data);
+  if (!error.empty()) return ToError(kGradOp, error);
   FfiThreadPool pool(threads);
-  data.x = x.untyped_data(), data.skip = num_skip == 1 ? skip.untyped_data() : nullptr;
-  data.kernel = kernel.untyped_data();
-  data.dx = num_dx == 1 ? at.Ret() : nullptr, data.dskip = num_dskip == 1 ? at.Ret() : nullptr;
-  data.dkernel = at.Ret(), data.dbias = at.Ret();
   cpu::Conv2DBiasReluGrad(pool, p, data);
   return ffi::Error::Success();
 }
 
-#define UNET_FAST_CONV2D_BINDING   \
-  ffi::Ffi::Bind()                 \
-      .Ctx<ffi::ThreadPool>()      \
-      .RemainingArgs()             \
-      .RemainingRets()             \
-      .Attr<int64_t>("same")       \
-      .Attr<int64_t>("relu")       \
-      .Attr<int64_t>("num_skip")   \
-      .Attr<int64_t>("num_pooled") \
+#define UNET_FAST_CONV2D_BINDING(CONTEXT) \
+  ffi::Ffi::Bind()                        \
+      .Ctx<CONTEXT>()                     \
+      .RemainingArgs()                    \
+      .RemainingRets()                    \
+      .Attr<int64_t>("same")              \
+      .Attr<int64_t>("relu")              \
+      .Attr<int64_t>("num_skip")          \
+      .Attr<int64_t>("num_pooled")        \
       .Attr<int64_t>("input_is_relu")
-XLA_FFI_DEFINE_HANDLER(kForwardHost, Forward, UNET_FAST_CONV2D_BINDING);
-XLA_FFI_DEFINE_HANDLER(kGradHost, Grad, UNET_FAST_CONV2D_BINDING.Attr<int64_t>("num_dx").Attr<int64_t>("num_dskip"));
+#define UNET_FAST_CONV2D_GRAD_BINDING(CONTEXT) \
+  UNET_FAST_CONV2D_BINDING(CONTEXT).Attr<int64_t>("num_dx").Attr<int64_t>("num_dskip")
+XLA_FFI_DEFINE_HANDLER(kForwardHost, Forward, UNET_FAST_CONV2D_BINDING(ffi::ThreadPool));
+XLA_FFI_DEFINE_HANDLER(kGradHost, Grad, UNET_FAST_CONV2D_GRAD_BINDING(ffi::ThreadPool));
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_bias_relu", "Host", kForwardHost);
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_bias_relu_grad", "Host", kGradHost);
+
+#ifdef UNET_FAST_CUDA
+ffi::Error ForwardGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t same, int64_t relu,
+                      int64_t num_skip, int64_t num_pooled, int64_t input_is_relu) {
+  Cursor at(args, rets);
+  Conv2DProblem p;
+  Conv2DForward data;
+  const std::string error = ReadForward(&at, {same, relu, num_skip, num_pooled, input_is_relu}, &p, &data);
+  if (!error.empty()) return ToError(kOp, error);
+  return GpuError(kOp, gpu::Conv2DBiasRelu(stream, p, data, at.Ret()));
+}
+
+ffi::Error GradGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t same, int64_t relu,
+                   int64_t num_skip, int64_t num_pooled, int64_t input_is_relu, int64_t num_dx, int64_t num_dskip) {
+  Cursor at(args, rets);
+  Conv2DProblem p;
+  Conv2DGradient data;
+  const Flags flags = {same, relu, num_skip, num_pooled, input_is_relu};
+  const std::string error = ReadGrad(&at, flags, num_dx, num_dskip, &p, &data);
+  if (!error.empty()) return ToError(kGradOp, error);
+  return GpuError(kGradOp, gpu::Conv2DBiasReluGrad(stream, p, data, at.Ret()));
+}
+
+UNET_FAST_DEFINE_GPU_HANDLER(kForwardCuda, ForwardGpu, UNET_FAST_CONV2D_BINDING(FfiStream));
+UNET_FAST_DEFINE_GPU_HANDLER(kGradCuda, GradGpu, UNET_FAST_CONV2D_GRAD_BINDING(FfiStream));
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_bias_relu", "CUDA", kForwardCuda);
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_bias_relu_grad", "CUDA", kGradCuda);
+#endif
 
 }  // namespace
 }  // namespace unet_fast

@@ -1,5 +1,8 @@
 // Lowering of UnetFastConv2DTransposeBiasRelu and its gradient.
 #include "xla/lowering.h"
+#ifdef UNET_FAST_CUDA
+#include "conv/gpu.h"
+#endif
 
 namespace unet_fast {
 namespace {
@@ -10,17 +13,20 @@ class Base : public tensorflow::XlaOpKernel {
     std::string activation;
     OP_REQUIRES_OK(c, c->GetAttr("activation", &activation));
     relu_ = activation == "relu";
+    for_gpu_ = ForGpu(c);
   }
 
  protected:
   // x is operand `first`, the kernel the next.
   bool SetProblem(tensorflow::XlaOpKernelContext* c, int first, Conv2DTransposeProblem* p) const {
+    p->dtype = ToDType(c->input_type(first));
+    p->relu = relu_;
     const absl::Status status = Invalid("conv2d_transpose_bias_relu",
                                         p->SetDims(ToDims(c->InputShape(first)), ToDims(c->InputShape(first + 1))));
     if (!status.ok()) c->CtxFailure(status);
     return status.ok();
   }
-  bool relu_ = true;
+  bool relu_ = true, for_gpu_ = false;
 };
 
 class Forward : public Base {
@@ -30,8 +36,11 @@ class Forward : public Base {
     Conv2DTransposeProblem p;
     if (!SetProblem(c, 0, &p)) return;
     OP_REQUIRES_OK(c, Invalid("conv2d_transpose_bias_relu", CheckDims("bias", ToDims(c->InputShape(2)), {p.filters})));
-    EmitCustomCall(c, "unet_fast_conv2d_transpose_bias_relu", Attributes().Int("relu", relu_),
-                   {RowMajor(c->input_xla_type(0), p.y_dims())});
+    std::vector<xla::Shape> results = {RowMajor(c->input_xla_type(0), p.y_dims())};
+#ifdef UNET_FAST_CUDA
+    if (for_gpu_) results.push_back(Workspace(gpu::Conv2DTransposeBiasReluWorkspaceBytes(p)));
+#endif
+    EmitCustomCall(c, "unet_fast_conv2d_transpose_bias_relu", Attributes().Int("relu", relu_), results);
   }
 };
 
@@ -49,6 +58,9 @@ class Grad : public Base {
     if (num_dx_ == 1) results.push_back(RowMajor(type, p.x_dims()));
     results.push_back(RowMajor(type, p.kernel_dims()));
     results.push_back(RowMajor(type, {p.filters}));
+#ifdef UNET_FAST_CUDA
+    if (for_gpu_) results.push_back(Workspace(gpu::Conv2DTransposeBiasReluGradWorkspaceBytes(p)));
+#endif
     EmitCustomCall(c, "unet_fast_conv2d_transpose_bias_relu_grad",
                    Attributes().Int("relu", relu_).Int("num_dx", num_dx_), results);
   }

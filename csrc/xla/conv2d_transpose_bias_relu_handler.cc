@@ -1,9 +1,14 @@
 // Handlers of the custom calls that xla/conv2d_transpose_bias_relu.cc emits; shapes were checked there.
 #include "conv/cpu/conv2d.h"
 #include "xla/handler.h"
+#ifdef UNET_FAST_CUDA
+#include "conv/gpu.h"
+#endif
 
 namespace unet_fast {
 namespace {
+
+constexpr char kOp[] = "conv2d_transpose_bias_relu", kGradOp[] = "conv2d_transpose_bias_relu gradient";
 
 Conv2DTransposeProblem Problem(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel, int64_t relu,
                                std::string* error) {
@@ -14,40 +19,81 @@ Conv2DTransposeProblem Problem(const ffi::AnyBuffer& x, const ffi::AnyBuffer& ke
   return p;
 }
 
+// The operands and results in their order, and the problem that they pose.
+std::string ReadForward(Cursor* at, int64_t relu, Conv2DTransposeProblem* p, Conv2DTransposeForward* data) {
+  const ffi::AnyBuffer x = at->Arg(), kernel = at->Arg(), bias = at->Arg();
+  std::string error;
+  *p = Problem(x, kernel, relu, &error);
+  *data = {x.untyped_data(), kernel.untyped_data(), bias.untyped_data(), at->Ret()};
+  return error;
+}
+
+std::string ReadGrad(Cursor* at, int64_t relu, int64_t num_dx, Conv2DTransposeProblem* p,
+                     Conv2DTransposeGradient* data) {
+  const ffi::AnyBuffer dy = at->Arg(), y = at->Arg(), x = at->Arg(), kernel = at->Arg();
+  std::string error;
+  *p = Problem(x, kernel, relu, &error);
+  data->dy = dy.untyped_data(), data->y = y.untyped_data(), data->x = x.untyped_data();
+  data->kernel = kernel.untyped_data();
+  data->dx = num_dx == 1 ? at->Ret() : nullptr;
+  data->dkernel = at->Ret(), data->dbias = at->Ret();
+  return error;
+}
+
 ffi::Error Forward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t relu) {
   Cursor at(args, rets);
-  const ffi::AnyBuffer x = at.Arg(), kernel = at.Arg(), bias = at.Arg();
-  std::string error;
-  const Conv2DTransposeProblem p = Problem(x, kernel, relu, &error);
-  if (!error.empty()) return ToError("conv2d_transpose_bias_relu", error);
+  Conv2DTransposeProblem p;
+  Conv2DTransposeForward data;
+  const std::string error = ReadForward(&at, relu, &p, &data);
+  if (!error.empty()) return ToError(kOp, error);
   FfiThreadPool pool(threads);
-  cpu::Conv2DTransposeBiasRelu(pool, p, {x.untyped_data(), kernel.untyped_data(), bias.untyped_data(), at.Ret()});
+  cpu::Conv2DTransposeBiasRelu(pool, p, data);
   return ffi::Error::Success();
 }
 
 ffi::Error Grad(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t relu,
                 int64_t num_dx) {
   Cursor at(args, rets);
-  const ffi::AnyBuffer dy = at.Arg(), y = at.Arg(), x = at.Arg(), kernel = at.Arg();
-  std::string error;
-  const Conv2DTransposeProblem p = Problem(x, kernel, relu, &error);
-  if (!error.empty()) return ToError("conv2d_transpose_bias_relu gradient", error);
+  Conv2DTransposeProblem p;
+  Conv2DTransposeGradient data;
+  const std::string error = ReadGrad(&at, relu, num_dx, &p, &data);
+  if (!error.empty()) return ToError(kGradOp, error);
   FfiThreadPool pool(threads);
-  cpu::Conv2DTransposeGradient data;
-  data.dy = dy.untyped_data(), data.y = y.untyped_data(), data.x = x.untyped_data(),
-  data.kernel = kernel.untyped_data();
-  data.dx = num_dx == 1 ? at.Ret() : nullptr;
-  data.dkernel = at.Ret(), data.dbias = at.Ret();
   cpu::Conv2DTransposeBiasReluGrad(pool, p, data);
   return ffi::Error::Success();
 }
 
-#define UNET_FAST_TRANSPOSE_BINDING \
-  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("relu")
-XLA_FFI_DEFINE_HANDLER(kForwardHost, Forward, UNET_FAST_TRANSPOSE_BINDING);
-XLA_FFI_DEFINE_HANDLER(kGradHost, Grad, UNET_FAST_TRANSPOSE_BINDING.Attr<int64_t>("num_dx"));
+#define UNET_FAST_TRANSPOSE_BINDING(CONTEXT) \
+  ffi::Ffi::Bind().Ctx<CONTEXT>().RemainingArgs().RemainingRets().Attr<int64_t>("relu")
+XLA_FFI_DEFINE_HANDLER(kForwardHost, Forward, UNET_FAST_TRANSPOSE_BINDING(ffi::ThreadPool));
+XLA_FFI_DEFINE_HANDLER(kGradHost, Grad, UNET_FAST_TRANSPOSE_BINDING(ffi::ThreadPool).Attr<int64_t>("num_dx"));
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_transpose_bias_relu", "Host", kForwardHost);
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_transpose_bias_relu_grad", "Host", kGradHost);
+
+#ifdef UNET_FAST_CUDA
+ffi::Error ForwardGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t relu) {
+  Cursor at(args, rets);
+  Conv2DTransposeProblem p;
+  Conv2DTransposeForward data;
+  const std::string error = ReadForward(&at, relu, &p, &data);
+  if (!error.empty()) return ToError(kOp, error);
+  return GpuError(kOp, gpu::Conv2DTransposeBiasRelu(stream, p, data, at.Ret()));
+}
+
+ffi::Error GradGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t relu, int64_t num_dx) {
+  Cursor at(args, rets);
+  Conv2DTransposeProblem p;
+  Conv2DTransposeGradient data;
+  const std::string error = ReadGrad(&at, relu, num_dx, &p, &data);
+  if (!error.empty()) return ToError(kGradOp, error);
+  return GpuError(kGradOp, gpu::Conv2DTransposeBiasReluGrad(stream, p, data, at.Ret()));
+}
+
+UNET_FAST_DEFINE_GPU_HANDLER(kForwardCuda, ForwardGpu, UNET_FAST_TRANSPOSE_BINDING(FfiStream));
+UNET_FAST_DEFINE_GPU_HANDLER(kGradCuda, GradGpu, UNET_FAST_TRANSPOSE_BINDING(FfiStream).Attr<int64_t>("num_dx"));
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_transpose_bias_relu", "CUDA", kForwardCuda);
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_transpose_bias_relu_grad", "CUDA", kGradCuda);
+#endif
 
 }  // namespace
 }  // namespace unet_fast

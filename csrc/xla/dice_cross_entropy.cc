@@ -1,5 +1,8 @@
 // Lowering of UnetFastDiceCrossEntropy and its gradient.
 #include "xla/lowering.h"
+#ifdef UNET_FAST_CUDA
+#include "loss/gpu.h"
+#endif
 
 namespace unet_fast {
 namespace {
@@ -26,6 +29,7 @@ class Base : public tensorflow::XlaOpKernel {
         .Int("ignore_class", ignore_class)
         .Int("include_background", include_background)
         .Int("squared", squared);
+    for_gpu_ = ForGpu(c);
   }
 
  protected:
@@ -44,6 +48,7 @@ class Base : public tensorflow::XlaOpKernel {
     return status.ok();
   }
   Attributes attributes_;
+  bool for_gpu_ = false;
 };
 
 class Forward : public Base {
@@ -52,9 +57,19 @@ class Forward : public Base {
   void Compile(tensorflow::XlaOpKernelContext* c) override {
     Dims logits;
     if (!CheckInputs(c, 0, &logits)) return;
-    EmitCustomCall(c, "unet_fast_dice_cross_entropy", attributes_,
-                   {RowMajor(xla::F32, {logits[0]}), RowMajor(xla::F32, {logits[0], 3, logits.back()}),
-                    RowMajor(xla::F32, {logits[0], 2})});
+    std::vector<xla::Shape> results = {RowMajor(xla::F32, {logits[0]}),
+                                       RowMajor(xla::F32, {logits[0], 3, logits.back()}),
+                                       RowMajor(xla::F32, {logits[0], 2})};
+#ifdef UNET_FAST_CUDA
+    if (for_gpu_) {
+      DiceCrossEntropyProblem p;
+      p.dtype = ToDType(c->input_type(1));
+      p.batch = logits.front(), p.classes = logits.back(), p.pixels = 1;
+      for (size_t i = 1; i + 1 < logits.size(); ++i) p.pixels *= logits[i];
+      results.push_back(Workspace(gpu::DiceCrossEntropyWorkspaceBytes(p)));
+    }
+#endif
+    EmitCustomCall(c, "unet_fast_dice_cross_entropy", attributes_, results);
   }
 };
 

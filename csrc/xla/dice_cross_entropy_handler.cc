@@ -2,6 +2,9 @@
 #include "loss/dice_cross_entropy.h"
 
 #include "xla/handler.h"
+#ifdef UNET_FAST_CUDA
+#include "loss/gpu.h"
+#endif
 
 namespace unet_fast {
 namespace {
@@ -86,6 +89,56 @@ XLA_FFI_DEFINE_HANDLER(kGradHost, Grad,
                                                      .Ret<ffi::AnyBuffer>()));
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_dice_cross_entropy", "Host", kForwardHost);
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_dice_cross_entropy_grad", "Host", kGradHost);
+
+#ifdef UNET_FAST_CUDA
+ffi::Error ForwardGpu(void* stream, ffi::AnyBuffer labels, ffi::AnyBuffer logits, F32 weights,
+                      ffi::ResultBuffer<ffi::F32> loss, ffi::ResultBuffer<ffi::F32> sums,
+                      ffi::ResultBuffer<ffi::F32> ce, ffi::Result<ffi::AnyBuffer> workspace, float dice_weight,
+                      float ce_weight, float smooth, float label_smoothing, int64_t has_ignore_class,
+                      int64_t ignore_class, int64_t include_background, int64_t squared) {
+  const Flags flags = {dice_weight,  ce_weight,          smooth, label_smoothing, has_ignore_class,
+                       ignore_class, include_background, squared};
+  return GpuError("dice_cross_entropy",
+                  gpu::DiceCrossEntropy(stream, flags.Problem(labels, logits), labels.untyped_data(),
+                                        logits.untyped_data(), weights.typed_data(), loss->typed_data(),
+                                        sums->typed_data(), ce->typed_data(), workspace->untyped_data()));
+}
+
+ffi::Error GradGpu(void* stream, F32 dloss, ffi::AnyBuffer labels, ffi::AnyBuffer logits, F32 weights, F32 sums, F32 ce,
+                   ffi::Result<ffi::AnyBuffer> dlogits, float dice_weight, float ce_weight, float smooth,
+                   float label_smoothing, int64_t has_ignore_class, int64_t ignore_class, int64_t include_background,
+                   int64_t squared) {
+  const Flags flags = {dice_weight,  ce_weight,          smooth, label_smoothing, has_ignore_class,
+                       ignore_class, include_background, squared};
+  return GpuError("dice_cross_entropy gradient",
+                  gpu::DiceCrossEntropyGrad(stream, flags.Problem(labels, logits), dloss.typed_data(),
+                                            labels.untyped_data(), logits.untyped_data(), weights.typed_data(),
+                                            sums.typed_data(), ce.typed_data(), dlogits->untyped_data()));
+}
+
+UNET_FAST_DEFINE_GPU_HANDLER(kForwardCuda, ForwardGpu,
+                             UNET_FAST_LOSS_ATTRIBUTES(ffi::Ffi::Bind()
+                                                           .Ctx<FfiStream>()
+                                                           .Arg<ffi::AnyBuffer>()
+                                                           .Arg<ffi::AnyBuffer>()
+                                                           .Arg<F32>()
+                                                           .Ret<F32>()
+                                                           .Ret<F32>()
+                                                           .Ret<F32>()
+                                                           .Ret<ffi::AnyBuffer>()));
+UNET_FAST_DEFINE_GPU_HANDLER(kGradCuda, GradGpu,
+                             UNET_FAST_LOSS_ATTRIBUTES(ffi::Ffi::Bind()
+                                                           .Ctx<FfiStream>()
+                                                           .Arg<F32>()
+                                                           .Arg<ffi::AnyBuffer>()
+                                                           .Arg<ffi::AnyBuffer>()
+                                                           .Arg<F32>()
+                                                           .Arg<F32>()
+                                                           .Arg<F32>()
+                                                           .Ret<ffi::AnyBuffer>()));
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_dice_cross_entropy", "CUDA", kForwardCuda);
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_dice_cross_entropy_grad", "CUDA", kGradCuda);
+#endif
 
 }  // namespace
 }  // namespace unet_fast

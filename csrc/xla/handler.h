@@ -9,6 +9,9 @@
 #include "common/thread_pool.h"
 #include "conv/problem.h"
 #include "xla/ffi/api/ffi.h"
+#ifdef UNET_FAST_CUDA
+#include "common/device.h"
+#endif
 
 namespace xla::ffi {
 // Exported by TensorFlow 2.19 and newer; the C symbol XLA_FFI_GetApi only by 2.21.
@@ -57,5 +60,20 @@ class Cursor {
 inline ffi::Error ToError(const char* op, const std::string& message) {
   return message.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(std::string(op) + ": " + message);
 }
+
+#ifdef UNET_FAST_CUDA
+using FfiStream = ffi::PlatformStream<void*>;  // a cudaStream_t
+
+inline ffi::Error GpuError(const char* op, int error) {
+  if (error == 0) return ffi::Error::Success();
+  if (IsCudaNotSupported(error)) return ffi::Error(ffi::ErrorCode::kUnimplemented, std::string(op) + ": " + kGpuServes);
+  return ffi::Error::Internal(std::string(op) + ": " + CudaErrorString(error));
+}
+
+// GPU handlers only launch, and always the same kernels for the same shapes and attributes: XLA may record them into a
+// CUDA graph and replay that.
+#define UNET_FAST_DEFINE_GPU_HANDLER(NAME, FUNCTION, BINDING) \
+  XLA_FFI_DEFINE_HANDLER(NAME, FUNCTION, BINDING, {ffi::Traits::kCmdBufferCompatible})
+#endif
 
 }  // namespace unet_fast

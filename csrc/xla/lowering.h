@@ -27,6 +27,15 @@ class Attributes {
 
 xla::Shape RowMajor(xla::PrimitiveType type, const Dims& dims);
 
+// Whether an op is being compiled for the GPU.
+inline bool ForGpu(tensorflow::OpKernelConstruction* context) {
+  return context->device_type() == tensorflow::DeviceType("XLA_GPU_JIT");
+}
+
+// A last result that nobody reads. XLA owns it, so unlike a scratch allocation it is still there when a CUDA graph is
+// replayed. On the GPU it is always there, that handlers may count on it.
+inline xla::Shape Workspace(size_t bytes) { return RowMajor(xla::U8, {static_cast<int64_t>(bytes > 0 ? bytes : 1)}); }
+
 // All inputs of the op, row-major, to the handler `target`; its results, row-major, are the op's outputs in order, and
 // results beyond the op's outputs are dropped (workspace).
 void EmitCustomCall(tensorflow::XlaOpKernelContext* context, const char* target, const Attributes& attributes,

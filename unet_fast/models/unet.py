@@ -11,9 +11,17 @@ import keras
 import tensorflow as tf
 
 from unet_fast.errors import UserError
-from unet_fast.layers import CenterCrop, FusedConv2D, FusedConv2DTranspose, check_backend, unwrapped
+from unet_fast.layers import (
+    CenterCrop,
+    FusedConv2D,
+    FusedConv2DTranspose,
+    check_backend,
+    unwrapped,
+    use_fused,
+)
 from unet_fast.models.geometry import output_size
 
+_FUSED_ON_CPU_FILTERS = 64
 _UPSAMPLING = {"transpose3x3": 3, "transpose2x2": 2}
 
 
@@ -87,7 +95,26 @@ class FusedUNet(keras.Model):
 
     def call(self, inputs, training=None, mask=None):
         self._check_sizes(keras.tree.flatten(inputs)[0])
+        for layer in self.layers:
+            if isinstance(layer, FusedConv2D | FusedConv2DTranspose):
+                layer.fused_on_cpu = self._fused_on_cpu
         return super().call(inputs, training=training, mask=mask)
+
+    @property
+    def uses_fused_ops(self):
+        """Whether this model, compiled as it is, runs on the fused ops here; what "auto" comes to.
+
+        >>> from unet_fast.models import FusedUNet
+        >>> FusedUNet((32, 32, 1), filters=2, depth=1, backend="stock").uses_fused_ops
+        False
+        """
+        return use_fused(self.backend, self.compute_dtype, on_cpu=self._fused_on_cpu)
+
+    @property
+    def _fused_on_cpu(self):
+        # Measured (docs/performance.md): under XLA the fused ops are the faster ones whatever the width; in a graph the
+        # twin's oneDNN convolutions are, until a network is this wide.
+        return self.filters >= _FUSED_ON_CPU_FILTERS or self.jit_compile
 
     def with_backend(self, backend):
         """A new FusedUNet with the same weights on another backend; not compiled.

@@ -29,4 +29,8 @@ int CudaRuntimeVersion() {
   return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
+const char* CudaErrorString(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+bool IsCudaNotSupported(int error) { return error == cudaErrorNotSupported; }
+
 }  // namespace unet_fast

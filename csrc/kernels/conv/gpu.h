@@ -1,0 +1,47 @@
+// conv2d_bias_relu and conv2d_transpose_bias_relu on an NVIDIA GPU, forward and gradient; shapes as in conv/problem.h.
+//
+// A function only launches kernels on `stream` (a cudaStream_t) of the current device: it allocates nothing, waits for
+// nothing, copies nothing, keeps no state, and may be captured into a CUDA graph. It returns 0 or a cudaError_t;
+// cudaErrorNotSupported for float32, for bfloat16 before sm_80, and for an image of 2^31 elements or more.
+// `workspace` is device memory of ...WorkspaceBytes(problem), aligned to 256 bytes; null where that is 0.
+// Arrays are aligned to 16 bytes.
+//
+// Nothing is added atomically, so a result is the same to the bit whenever problem and tuning are the same.
+#pragma once
+
+#include <cstddef>
+
+#include "conv/data.h"
+#include "conv/problem.h"
+
+namespace unet_fast::gpu {
+
+// Choices that otherwise follow from the problem, see conv/wmma/config.h. They change speed, and for `splits` the order
+// of a sum. A tile that does not fit the problem (channels that are no multiple of 8) is passed over.
+struct Conv2DTuning {
+  int gemm = -1;   // index into kGemmTiles
+  int wgrad = -1;  // index into kWgradTiles
+  int splits = 0;  // partial sums of the weight gradient
+};
+
+int Conv2DBiasRelu(void* stream, const Conv2DProblem& problem, const Conv2DForward& data, void* workspace,
+                   const Conv2DTuning& tuning = {});
+size_t Conv2DBiasReluWorkspaceBytes(const Conv2DProblem& problem);
+
+// `dy_is_masked`: dy is known to be zero wherever y <= 0, as a consumer with input_is_relu leaves it, so the pass that
+// would mask it can be left out.
+int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& problem, const Conv2DGradient& data, void* workspace,
+                       bool dy_is_masked = false, const Conv2DTuning& tuning = {});
+size_t Conv2DBiasReluGradWorkspaceBytes(const Conv2DProblem& problem, const Conv2DTuning& tuning = {});
+
+int Conv2DTransposeBiasRelu(void* stream, const Conv2DTransposeProblem& problem, const Conv2DTransposeForward& data,
+                            void* workspace, const Conv2DTuning& tuning = {});
+size_t Conv2DTransposeBiasReluWorkspaceBytes(const Conv2DTransposeProblem& problem);
+
+int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& problem,
+                                const Conv2DTransposeGradient& data, void* workspace, bool dy_is_masked = false,
+                                const Conv2DTuning& tuning = {});
+size_t Conv2DTransposeBiasReluGradWorkspaceBytes(const Conv2DTransposeProblem& problem,
+                                                 const Conv2DTuning& tuning = {});
+
+}  // namespace unet_fast::gpu

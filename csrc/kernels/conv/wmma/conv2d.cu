@@ -1,0 +1,147 @@
+// conv2d_bias_relu on the wmma engine: which kernels a problem takes, and with what arguments.
+#include "conv/gpu.h"
+#include "conv/wmma/direct.h"
+#include "conv/wmma/gemm.h"
+#include "conv/wmma/mask.h"
+#include "conv/wmma/workspace.h"
+
+namespace unet_fast::gpu {
+namespace {
+
+bool IsVector(const Conv2DProblem& p) {
+  return p.channels % kPack == 0 && p.skip_channels % kPack == 0 && p.filters % kPack == 0;
+}
+
+// x and the window of skip that lies under it, or gradients laid out like them.
+GemmSource XSource(const Conv2DProblem& p, const void* x) {
+  return {x, p.height * p.width * p.channels, static_cast<int>(p.width * p.channels), static_cast<int>(p.channels)};
+}
+int64_t CropOffset(const Conv2DProblem& p) { return (p.crop_top() * p.skip_width + p.crop_left()) * p.skip_channels; }
+GemmSource SkipSource(const Conv2DProblem& p, const void* skip) {
+  return {At(skip, p.dtype, CropOffset(p)), p.skip_height * p.skip_width * p.skip_channels,
+          static_cast<int>(p.skip_width * p.skip_channels), static_cast<int>(p.skip_channels)};
+}
+GemmSource DzSource(const Conv2DProblem& p, const void* dz) {
+  return {dz, p.out_height() * p.out_width() * p.filters, static_cast<int>(p.out_width() * p.filters),
+          static_cast<int>(p.filters)};
+}
+GemmResult Result(const GemmSource& like, void* data, const void* mask) {
+  return {data, mask, like.image_stride, like.row_stride, like.channels, like.channels};
+}
+
+// Kernel row r reads input row i + r - pad; its gradient reads dz's row i + pad - r.
+TapList Taps(const Conv2DProblem& p, bool backwards) {
+  TapList taps;
+  for (int64_t r = 0; r < p.kernel_size; ++r) {
+    for (int64_t s = 0; s < p.kernel_size; ++s) {
+      const int64_t row = r - p.pad(), col = s - p.pad();
+      taps.Add(backwards ? -row : row, backwards ? -col : col, r * p.kernel_size + s);
+    }
+  }
+  return taps;
+}
+
+int Dgrad(void* stream, const Conv2DProblem& p, const Conv2DGradient& d, const void* dz, const Conv2DTuning& tuning) {
+  if (d.dskip != nullptr && (p.skip_height > p.height || p.skip_width > p.width)) {
+    UNET_FAST_CUDA_RETURN_IF_ERROR(ZeroOutside(stream, d.dskip, p.batch, p.skip_height, p.skip_width, p.skip_channels,
+                                               p.crop_top(), p.crop_left(), p.height, p.width));
+  }
+  GemmArgs g;
+  g.source[0] = DzSource(p, dz);
+  g.source_h = p.out_height(), g.source_w = p.out_width();
+  g.transposed = true, g.vector = IsVector(p);
+  g.tap_stride = p.in_channels() * p.filters, g.ld = p.filters;
+  g.batch = p.batch, g.out_h = p.height, g.out_w = p.width;
+  g.taps[0] = Taps(p, /*backwards=*/true);
+  const GemmResult dx = Result(XSource(p, d.x), d.dx, p.input_is_relu ? d.x : nullptr);
+  const int64_t crop = CropOffset(p);
+  const GemmResult dskip = p.skip_channels == 0 || d.dskip == nullptr
+                               ? GemmResult{}
+                               : Result(SkipSource(p, d.skip), At(d.dskip, p.dtype, crop),
+                                        p.input_is_relu ? At(d.skip, p.dtype, crop) : nullptr);
+  // Only the columns that are wanted.
+  g.results = 0;
+  if (d.dx != nullptr) g.result[g.results++] = dx;
+  if (d.dskip != nullptr) g.result[g.results++] = dskip;
+  g.n = (d.dx != nullptr ? p.channels : 0) + (d.dskip != nullptr ? p.skip_channels : 0);
+  g.weights = At(d.kernel, p.dtype, d.dx != nullptr ? 0 : p.channels * p.filters);
+  return ImplicitGemm(stream, p.dtype, g, tuning);
+}
+
+size_t WgradBytes(const Conv2DProblem& p, const Conv2DTuning& tuning) {
+  if (HasFewFilters(p)) return FewFiltersWgradSlabBytes(p);
+  if (HasFewChannels(p)) return FewChannelsWgradSlabBytes(p);
+  return WgradSlabBytes(p.kernel_size * p.kernel_size * p.in_channels(), p.filters,
+                        p.batch * p.out_height() * p.out_width(), IsVector(p), tuning);
+}
+
+struct GradWorkspace {
+  Workspace layout;
+  void* dz = nullptr;
+  float *bias_slabs, *slabs;
+
+  GradWorkspace(void* base, const Conv2DProblem& p, bool stores_dz, const Conv2DTuning& tuning) : layout(base) {
+    const int64_t pixels = p.batch * p.out_height() * p.out_width();
+    if (stores_dz) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
+    bias_slabs = static_cast<float*>(layout.Take(MaskSlabBytes(pixels, p.filters)));
+    slabs = static_cast<float*>(layout.Take(WgradBytes(p, tuning)));
+  }
+};
+
+}  // namespace
+
+size_t Conv2DBiasReluWorkspaceBytes(const Conv2DProblem&) { return 0; }
+
+int Conv2DBiasRelu(void* stream, const Conv2DProblem& p, const Conv2DForward& d, void*, const Conv2DTuning& tuning) {
+  if (p.dtype == DType::kFloat32) return cudaErrorNotSupported;
+  if (p.batch == 0) return 0;
+  if (HasFewFilters(p)) return FewFiltersForward(stream, p, d);
+  if (HasFewChannels(p)) return FewChannelsForward(stream, p, d);
+  GemmArgs g;
+  g.source[0] = XSource(p, d.x);
+  if (p.skip_channels > 0) g.source[g.sources++] = SkipSource(p, d.skip);
+  g.source_h = p.height, g.source_w = p.width;
+  g.weights = d.kernel, g.tap_stride = p.in_channels() * p.filters, g.ld = p.filters;
+  g.vector = IsVector(p);
+  g.batch = p.batch, g.out_h = p.out_height(), g.out_w = p.out_width(), g.n = p.filters;
+  g.taps[0] = Taps(p, /*backwards=*/false);
+  g.result[0] = Result(DzSource(p, d.y), d.y, nullptr);
+  g.bias = d.bias, g.relu = p.relu, g.pooled = p.pool ? d.pooled : nullptr;
+  return ImplicitGemm(stream, p.dtype, g, tuning);
+}
+
+size_t Conv2DBiasReluGradWorkspaceBytes(const Conv2DProblem& p, const Conv2DTuning& tuning) {
+  return GradWorkspace(nullptr, p, p.relu || p.pool, tuning).layout.bytes();
+}
+
+int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& p, const Conv2DGradient& d, void* workspace,
+                       bool dy_is_masked, const Conv2DTuning& tuning) {
+  if (p.dtype == DType::kFloat32) return cudaErrorNotSupported;
+  if (p.batch == 0) return ZeroWeightGradient(stream, d.dkernel, p.kernel_elements(), d.dbias, p.filters);
+  const bool masks = p.relu && !dy_is_masked, stores_dz = masks || p.pool;
+  const GradWorkspace space(workspace, p, stores_dz, tuning);
+  const void* dz = stores_dz ? space.dz : d.dy;
+  MaskArgs m = {};
+  m.dy = d.dy, m.dpooled = p.pool ? d.dpooled : nullptr, m.y = d.y;
+  m.batch = p.batch, m.h = p.out_height(), m.w = p.out_width(), m.channels = p.filters;
+  // What comes back through the pool may not be masked, whatever dy is.
+  m.relu = p.relu && stores_dz, m.dz = space.dz, m.slabs = space.bias_slabs, m.dbias = d.dbias;
+  UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, p.dtype, m));
+
+  if (d.dx != nullptr || (d.dskip != nullptr && p.skip_channels > 0)) {
+    UNET_FAST_CUDA_RETURN_IF_ERROR(HasFewFilters(p) ? FewFiltersDgrad(stream, p, dz, d.x, d.kernel, d.dx)
+                                                    : Dgrad(stream, p, d, dz, tuning));
+  }
+  if (HasFewFilters(p)) return FewFiltersWgrad(stream, p, d.x, dz, d.dkernel, space.slabs);
+  if (HasFewChannels(p)) return FewChannelsWgrad(stream, p, d.x, dz, d.dkernel, space.slabs);
+  WgradArgs w;
+  w.source[0] = XSource(p, d.x);
+  if (p.skip_channels > 0) w.source[w.sources++] = SkipSource(p, d.skip);
+  w.source_h = p.height, w.source_w = p.width;
+  w.dz = dz, w.batch = p.batch, w.out_h = p.out_height(), w.out_w = p.out_width(), w.n = p.filters;
+  w.taps = Taps(p, /*backwards=*/false), w.vector = IsVector(p);
+  w.dweights = d.dkernel, w.slabs = space.slabs;
+  return Wgrad(stream, p.dtype, w, tuning);
+}
+
+}  // namespace unet_fast::gpu

@@ -1,0 +1,204 @@
+// Python module unet_fast._native.gpu. Compiled with UNET_FAST_GPU_KERNELS_MODULE it is a module of its own,
+// _gpu_kernels, that needs neither TensorFlow nor the CPU kernels; see tests/gpu/build_native.sh.
+#include "gpu_kernels.h"
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "conv/gpu.h"
+#include "conv/wmma/config.h"
+#include "loss/gpu.h"
+#include "pool/gpu.h"
+
+namespace py = pybind11;
+
+namespace unet_fast {
+namespace {
+
+using Address = std::uintptr_t;  // 0: none
+
+template <typename T = void>
+T* Pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void Check(int status) {
+  if (status != 0) throw std::runtime_error("CUDA error " + std::to_string(status));
+}
+
+DType ToDType(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  throw py::value_error("dtype: expected float32, float16 or bfloat16, got " + name);
+}
+
+LabelType ToLabelType(const std::string& name) {
+  if (name == "uint8") return LabelType::kUInt8;
+  if (name == "int32") return LabelType::kInt32;
+  if (name == "int64") return LabelType::kInt64;
+  throw py::value_error("label_type: expected uint8, int32 or int64, got " + name);
+}
+
+}  // namespace
+
+void BindGpuKernels(py::module_& m) {
+  m.doc() = "The GPU kernels on addresses of device memory. They launch on `stream` and do not wait.";
+
+  py::class_<Conv2DProblem>(m, "Conv2DProblem", "Sizes and flags, see csrc/kernels/conv/problem.h.")
+      .def(py::init<>())
+      .def_property("dtype", nullptr, [](Conv2DProblem& p, const std::string& name) { p.dtype = ToDType(name); })
+      .def_readwrite("batch", &Conv2DProblem::batch)
+      .def_readwrite("height", &Conv2DProblem::height)
+      .def_readwrite("width", &Conv2DProblem::width)
+      .def_readwrite("channels", &Conv2DProblem::channels)
+      .def_readwrite("skip_height", &Conv2DProblem::skip_height)
+      .def_readwrite("skip_width", &Conv2DProblem::skip_width)
+      .def_readwrite("skip_channels", &Conv2DProblem::skip_channels)
+      .def_readwrite("filters", &Conv2DProblem::filters)
+      .def_readwrite("kernel_size", &Conv2DProblem::kernel_size)
+      .def_readwrite("same", &Conv2DProblem::same)
+      .def_readwrite("relu", &Conv2DProblem::relu)
+      .def_readwrite("pool", &Conv2DProblem::pool)
+      .def_readwrite("input_is_relu", &Conv2DProblem::input_is_relu);
+
+  py::class_<Conv2DTransposeProblem>(m, "Conv2DTransposeProblem", "Sizes and flags, see csrc/kernels/conv/problem.h.")
+      .def(py::init<>())
+      .def_property("dtype", nullptr,
+                    [](Conv2DTransposeProblem& p, const std::string& name) { p.dtype = ToDType(name); })
+      .def_readwrite("batch", &Conv2DTransposeProblem::batch)
+      .def_readwrite("height", &Conv2DTransposeProblem::height)
+      .def_readwrite("width", &Conv2DTransposeProblem::width)
+      .def_readwrite("channels", &Conv2DTransposeProblem::channels)
+      .def_readwrite("filters", &Conv2DTransposeProblem::filters)
+      .def_readwrite("kernel_size", &Conv2DTransposeProblem::kernel_size)
+      .def_readwrite("relu", &Conv2DTransposeProblem::relu);
+
+  py::class_<DiceCrossEntropyProblem>(m, "DiceCrossEntropyProblem",
+                                      "Sizes and flags, see csrc/kernels/loss/dice_cross_entropy.h.")
+      .def(py::init<>())
+      .def_property("dtype", nullptr,
+                    [](DiceCrossEntropyProblem& p, const std::string& name) { p.dtype = ToDType(name); })
+      .def_property("label_type", nullptr,
+                    [](DiceCrossEntropyProblem& p, const std::string& name) { p.label_type = ToLabelType(name); })
+      .def_readwrite("batch", &DiceCrossEntropyProblem::batch)
+      .def_readwrite("pixels", &DiceCrossEntropyProblem::pixels)
+      .def_readwrite("classes", &DiceCrossEntropyProblem::classes)
+      .def_readwrite("dice_weight", &DiceCrossEntropyProblem::dice_weight)
+      .def_readwrite("ce_weight", &DiceCrossEntropyProblem::ce_weight)
+      .def_readwrite("smooth", &DiceCrossEntropyProblem::smooth)
+      .def_readwrite("label_smoothing", &DiceCrossEntropyProblem::label_smoothing)
+      .def_readwrite("has_ignore_class", &DiceCrossEntropyProblem::has_ignore_class)
+      .def_readwrite("ignore_class", &DiceCrossEntropyProblem::ignore_class)
+      .def_readwrite("include_background", &DiceCrossEntropyProblem::include_background)
+      .def_readwrite("squared", &DiceCrossEntropyProblem::squared);
+
+  py::class_<gpu::Conv2DTuning>(m, "Conv2DTuning", "Choices that otherwise follow from the problem.")
+      .def(py::init<>())
+      .def_readwrite("gemm", &gpu::Conv2DTuning::gemm)
+      .def_readwrite("wgrad", &gpu::Conv2DTuning::wgrad)
+      .def_readwrite("splits", &gpu::Conv2DTuning::splits);
+
+  m.attr("gemm_tiles") = gpu::kGemmTileCount;
+  m.attr("wgrad_tiles") = gpu::kWgradTileCount;
+
+  m.def(
+      "conv2d_bias_relu",
+      [](Address stream, const Conv2DProblem& p, Address x, Address skip, Address kernel, Address bias, Address y,
+         Address pooled, Address workspace, const gpu::Conv2DTuning& tuning) {
+        Check(gpu::Conv2DBiasRelu(
+            Pointer(stream), p,
+            {Pointer(x), Pointer(skip), Pointer(kernel), Pointer(bias), Pointer(y), Pointer(pooled)},
+            Pointer(workspace), tuning));
+      },
+      py::arg("stream"), py::arg("problem"), py::arg("x"), py::arg("skip"), py::arg("kernel"), py::arg("bias"),
+      py::arg("y"), py::arg("pooled"), py::arg("workspace"), py::arg("tuning"));
+  m.def("conv2d_bias_relu_workspace_bytes", &gpu::Conv2DBiasReluWorkspaceBytes, py::arg("problem"));
+
+  m.def(
+      "conv2d_bias_relu_grad",
+      [](Address stream, const Conv2DProblem& p, Address dy, Address dpooled, Address y, Address x, Address skip,
+         Address kernel, Address dx, Address dskip, Address dkernel, Address dbias, Address workspace,
+         bool dy_is_masked, const gpu::Conv2DTuning& tuning) {
+        Check(gpu::Conv2DBiasReluGrad(Pointer(stream), p,
+                                      {Pointer(dy), Pointer(dpooled), Pointer(y), Pointer(x), Pointer(skip),
+                                       Pointer(kernel), Pointer(dx), Pointer(dskip), Pointer(dkernel), Pointer(dbias)},
+                                      Pointer(workspace), dy_is_masked, tuning));
+      },
+      py::arg("stream"), py::arg("problem"), py::arg("dy"), py::arg("dpooled"), py::arg("y"), py::arg("x"),
+      py::arg("skip"), py::arg("kernel"), py::arg("dx"), py::arg("dskip"), py::arg("dkernel"), py::arg("dbias"),
+      py::arg("workspace"), py::arg("dy_is_masked"), py::arg("tuning"));
+  m.def("conv2d_bias_relu_grad_workspace_bytes", &gpu::Conv2DBiasReluGradWorkspaceBytes, py::arg("problem"),
+        py::arg("tuning"));
+
+  m.def(
+      "conv2d_transpose_bias_relu",
+      [](Address stream, const Conv2DTransposeProblem& p, Address x, Address kernel, Address bias, Address y,
+         Address workspace, const gpu::Conv2DTuning& tuning) {
+        Check(gpu::Conv2DTransposeBiasRelu(Pointer(stream), p, {Pointer(x), Pointer(kernel), Pointer(bias), Pointer(y)},
+                                           Pointer(workspace), tuning));
+      },
+      py::arg("stream"), py::arg("problem"), py::arg("x"), py::arg("kernel"), py::arg("bias"), py::arg("y"),
+      py::arg("workspace"), py::arg("tuning"));
+  m.def("conv2d_transpose_bias_relu_workspace_bytes", &gpu::Conv2DTransposeBiasReluWorkspaceBytes, py::arg("problem"));
+
+  m.def(
+      "conv2d_transpose_bias_relu_grad",
+      [](Address stream, const Conv2DTransposeProblem& p, Address dy, Address y, Address x, Address kernel, Address dx,
+         Address dkernel, Address dbias, Address workspace, bool dy_is_masked, const gpu::Conv2DTuning& tuning) {
+        Check(gpu::Conv2DTransposeBiasReluGrad(
+            Pointer(stream), p,
+            {Pointer(dy), Pointer(y), Pointer(x), Pointer(kernel), Pointer(dx), Pointer(dkernel), Pointer(dbias)},
+            Pointer(workspace), dy_is_masked, tuning));
+      },
+      py::arg("stream"), py::arg("problem"), py::arg("dy"), py::arg("y"), py::arg("x"), py::arg("kernel"),
+      py::arg("dx"), py::arg("dkernel"), py::arg("dbias"), py::arg("workspace"), py::arg("dy_is_masked"),
+      py::arg("tuning"));
+  m.def("conv2d_transpose_bias_relu_grad_workspace_bytes", &gpu::Conv2DTransposeBiasReluGradWorkspaceBytes,
+        py::arg("problem"), py::arg("tuning"));
+
+  m.def(
+      "max_pool2d",
+      [](Address stream, const std::string& dtype, int64_t n, int64_t h, int64_t w, int64_t c, Address x, Address y) {
+        Check(gpu::MaxPool2D(Pointer(stream), ToDType(dtype), n, h, w, c, Pointer(x), Pointer(y)));
+      },
+      py::arg("stream"), py::arg("dtype"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("x"),
+      py::arg("y"));
+  m.def(
+      "max_pool2d_grad",
+      [](Address stream, const std::string& dtype, int64_t n, int64_t h, int64_t w, int64_t c, Address x, Address dy,
+         Address dx) {
+        Check(gpu::MaxPool2DGrad(Pointer(stream), ToDType(dtype), n, h, w, c, Pointer(x), Pointer(dy), Pointer(dx)));
+      },
+      py::arg("stream"), py::arg("dtype"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("x"),
+      py::arg("dy"), py::arg("dx"));
+
+  m.def(
+      "dice_cross_entropy",
+      [](Address stream, const DiceCrossEntropyProblem& p, Address labels, Address logits, Address class_weights,
+         Address loss, Address sums, Address ce, Address workspace) {
+        Check(gpu::DiceCrossEntropy(Pointer(stream), p, Pointer(labels), Pointer(logits), Pointer<float>(class_weights),
+                                    Pointer<float>(loss), Pointer<float>(sums), Pointer<float>(ce),
+                                    Pointer(workspace)));
+      },
+      py::arg("stream"), py::arg("problem"), py::arg("labels"), py::arg("logits"), py::arg("class_weights"),
+      py::arg("loss"), py::arg("sums"), py::arg("ce"), py::arg("workspace"));
+  m.def("dice_cross_entropy_workspace_bytes", &gpu::DiceCrossEntropyWorkspaceBytes, py::arg("problem"));
+  m.def(
+      "dice_cross_entropy_grad",
+      [](Address stream, const DiceCrossEntropyProblem& p, Address dloss, Address labels, Address logits,
+         Address class_weights, Address sums, Address ce, Address dlogits) {
+        Check(gpu::DiceCrossEntropyGrad(Pointer(stream), p, Pointer<float>(dloss), Pointer(labels), Pointer(logits),
+                                        Pointer<float>(class_weights), Pointer<float>(sums), Pointer<float>(ce),
+                                        Pointer(dlogits)));
+      },
+      py::arg("stream"), py::arg("problem"), py::arg("dloss"), py::arg("labels"), py::arg("logits"),
+      py::arg("class_weights"), py::arg("sums"), py::arg("ce"), py::arg("dlogits"));
+}
+
+}  // namespace unet_fast
+
+#ifdef UNET_FAST_GPU_KERNELS_MODULE
+PYBIND11_MODULE(_gpu_kernels, m) { unet_fast::BindGpuKernels(m); }
+#endif

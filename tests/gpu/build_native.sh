@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Builds the GPU kernels alone as a Python module _gpu_kernels, on a machine with nvcc and pybind11 but no TensorFlow:
+#   bash tests/gpu/build_native.sh build/gpu && PYTHONPATH=build/gpu python3 -m pytest --noconftest tests/gpu/test_kernels.py
+# The first argument is the folder to build in; UNET_FAST_CUDA_ARCH the architecture (90a), PYTHON the interpreter.
+# Objects that are newer than every source are kept.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:?expected the folder to build in}
+arch=${UNET_FAST_CUDA_ARCH:-90a}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+
+newest=$(find csrc/kernels csrc/python -type f -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2-)
+sources=(csrc/kernels/conv/problem.cc $(find csrc/kernels/conv/wmma csrc/kernels/pool csrc/kernels/loss -name '*.cu')
+         csrc/kernels/conv/wmma/config.cc)
+objects=()
+stale=()
+for source in "${sources[@]}"; do
+  object="$out/$(basename "$source").o"
+  objects+=("$object")
+  [[ "$object" -nt "$newest" ]] || stale+=("$source")
+done
+if [[ ${#stale[@]} -gt 0 ]]; then
+  printf '%s\n' "${stale[@]}" | xargs -P "$(nproc)" -I{} sh -c \
+    "nvcc -std=c++17 -O3 -Icsrc/kernels -gencode arch=compute_$arch,code=sm_$arch -Xcompiler -fPIC -c {} -o $out/\$(basename {}).o"
+fi
+[[ "${OBJECTS_ONLY:-}" ]] && exit
+includes=$("$python" -m pybind11 --includes)
+suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+nvcc -std=c++17 -O2 -Xcompiler -fPIC,-fvisibility=hidden -shared -cudart static -DUNET_FAST_GPU_KERNELS_MODULE $includes \
+  -Icsrc/kernels csrc/python/gpu_kernels.cc "${objects[@]}" -o "$out/_gpu_kernels$suffix"

@@ -1,0 +1,277 @@
+"""The GPU kernels against float64, with PyTorch's 16-bit ops on the same card as the measure of what is good enough."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA GPU", allow_module_level=True)
+kernels = pytest.importorskip("kernels")
+
+pytestmark = pytest.mark.gpu
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+both = pytest.mark.parametrize("dtype", kernels.DTYPES.values(), ids=kernels.DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def normal(*shape, dtype, scale=1.0):
+    return (scale * torch.randn(shape, device="cuda")).to(dtype)
+
+
+def error(value, expected):
+    value, expected = value.double(), expected.double()
+    assert value.shape == expected.shape
+    assert value.isfinite().all()
+    norm = expected.norm()
+    return ((value - expected).norm() / norm if norm > 0 else value.abs().max()).item()
+
+
+def check(got, exact, stock):
+    """The error is at most twice that of PyTorch's own op, or one rounding of the result."""
+    for value, expected, peer in zip(got, exact, stock, strict=True):
+        if value is None:
+            assert expected is None
+            continue
+        limit = max(2 * error(peer, expected), ROUNDING[value.dtype])
+        assert error(value, expected) <= limit
+
+
+def double(values):
+    return [None if v is None else v.double() for v in values]
+
+
+def listed(value):
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def check_conv2d(x, kernel, bias, skip, choices=None, pool=False, input_is_relu=False, **flags):
+    got = listed(kernels.conv2d_bias_relu(x, kernel, bias, skip, choices=choices, pool=pool, **flags))
+    args = [x, kernel, bias, skip]
+    exact = listed(kernels.reference_conv2d(*double(args), pool=pool, **flags))
+    check(got, exact, listed(kernels.reference_conv2d(*args, pool=pool, **flags)))
+    if pool:
+        torch.testing.assert_close(got[1], kernels.max_pool2d(got[0]), rtol=0, atol=0)
+
+    y = got[0]
+    dy, dpooled = torch.randn_like(y), torch.randn_like(got[1]) if pool else None
+    args = [dy, y, x, kernel, skip, dpooled]
+    flags["input_is_relu"] = input_is_relu
+    got = kernels.conv2d_bias_relu_grad(*args, choices=choices, **flags)
+    exact = kernels.reference_conv2d_grad(*double(args), **flags)
+    check(got, exact, kernels.reference_conv2d_grad(*args, **flags))
+
+
+@both
+@pytest.mark.parametrize(
+    ("size", "channels", "skip", "filters", "k", "flags"),
+    [
+        ((2, 20, 24), 64, None, 64, 3, {}),
+        ((1, 17, 13), 64, None, 128, 3, {"pool": True, "input_is_relu": True}),
+        ((3, 16, 18), 8, None, 16, 3, {"same": True, "pool": True}),
+        ((2, 11, 9), 40, None, 136, 3, {"same": True, "relu": False}),
+        ((2, 12, 14), 64, (2, 17, 20, 32), 64, 3, {"input_is_relu": True}),
+        ((2, 12, 14), 24, (2, 12, 14, 40), 72, 3, {"same": True, "pool": True}),
+        ((40, 3, 3), 16, None, 32, 3, {}),
+        ((2, 9, 10), 128, None, 264, 1, {}),
+        ((2, 9, 10), 16, (2, 11, 13, 8), 24, 1, {"pool": True}),
+        ((1, 33, 31), 1024, None, 512, 3, {}),
+        # edges: channel counts that are no multiple of 8
+        ((2, 10, 9), 12, None, 20, 3, {"same": True, "pool": True, "input_is_relu": True}),
+        ((2, 10, 9), 9, (2, 13, 12, 5), 11, 3, {"input_is_relu": True}),
+        ((2, 10, 9), 8, (2, 13, 12, 3), 16, 1, {}),
+        # few input channels
+        ((2, 40, 42), 1, None, 64, 3, {}),
+        ((2, 21, 19), 3, None, 64, 3, {"same": True, "pool": True}),
+        ((2, 10, 12), 7, None, 70, 3, {"relu": False, "pool": True}),
+        ((2, 10, 12), 5, None, 24, 1, {}),
+        # few filters
+        ((2, 30, 31), 64, None, 2, 1, {"relu": False, "input_is_relu": True}),
+        ((2, 9, 11), 72, None, 5, 1, {}),
+        ((2, 9, 11), 13, None, 8, 1, {"same": True}),
+        ((1, 9, 11), 1, None, 1, 1, {"relu": False}),
+        ((1, 9, 11), 16, None, 2, 1, {"pool": True}),
+        ((2, 9, 11), 16, None, 2, 3, {}),
+    ],
+)
+def test_conv2d_bias_relu(dtype, size, channels, skip, filters, k, flags):
+    total = channels + (skip[3] if skip else 0)
+    x = normal(*size, channels, dtype=dtype)
+    kernel = normal(k, k, total, filters, dtype=dtype, scale=(k * k * total) ** -0.5)
+    check_conv2d(
+        x, kernel, normal(filters, dtype=dtype), normal(*skip, dtype=dtype) if skip else None,
+        **flags,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gemm", range(kernels.native.gemm_tiles))
+@pytest.mark.parametrize("wgrad", range(kernels.native.wgrad_tiles))
+@pytest.mark.parametrize("splits", [1, 3, 1000])
+def test_every_tile_gives_the_result(gemm, wgrad, splits):
+    dtype = torch.float16
+    x, skip = normal(2, 22, 18, 72, dtype=dtype), normal(2, 30, 24, 64, dtype=dtype)
+    kernel = normal(3, 3, 136, 200, dtype=dtype, scale=0.03)
+    choices = kernels.tuning(gemm=gemm, wgrad=wgrad, splits=splits)
+    check_conv2d(x, kernel, normal(200, dtype=dtype), skip, choices, same=True, pool=True, input_is_relu=True)
+
+
+@both
+@pytest.mark.parametrize(
+    ("size", "channels", "filters", "k", "relu"),
+    [
+        ((2, 9, 11), 64, 32, 3, True),
+        ((2, 9, 11), 128, 64, 2, True),
+        ((1, 28, 28), 256, 136, 3, False),
+        ((3, 5, 4), 12, 7, 3, True),
+        ((3, 5, 4), 5, 8, 2, False),
+        ((1, 1, 1), 8, 8, 3, True),
+    ],
+)
+def test_conv2d_transpose_bias_relu(dtype, size, channels, filters, k, relu):
+    x = normal(*size, channels, dtype=dtype)
+    kernel = normal(k, k, filters, channels, dtype=dtype, scale=(2 * channels) ** -0.5)
+    args = [x, kernel, normal(filters, dtype=dtype)]
+    y = kernels.conv2d_transpose_bias_relu(*args, relu=relu)
+    check(
+        [y],
+        [kernels.reference_conv2d_transpose(*double(args), relu=relu)],
+        [kernels.reference_conv2d_transpose(*args, relu=relu)],
+    )
+    args = [torch.randn_like(y), y, x, kernel]
+    got = kernels.conv2d_transpose_bias_relu_grad(*args, relu=relu)
+    exact = kernels.reference_conv2d_transpose_grad(*double(args), relu=relu)
+    check(got, exact, kernels.reference_conv2d_transpose_grad(*args, relu=relu))
+
+
+def test_gradients_that_are_not_asked_for_are_left_out():
+    dtype = torch.float16
+    x, skip = normal(2, 12, 14, 24, dtype=dtype), normal(2, 18, 18, 40, dtype=dtype)
+    kernel, y = normal(3, 3, 64, 48, dtype=dtype), normal(2, 10, 12, 48, dtype=dtype)
+    args = [torch.randn_like(y), y, x, kernel, skip]
+    whole = kernels.conv2d_bias_relu_grad(*args)
+    for want in [{"dx": False}, {"dskip": False}, {"dx": False, "dskip": False}]:
+        for value, expected in zip(kernels.conv2d_bias_relu_grad(*args, **want), whole, strict=True):
+            assert value is None or torch.equal(value, expected)
+
+
+def test_a_masked_dy_needs_no_mask():
+    dtype = torch.float16
+    x, kernel = normal(2, 12, 14, 64, dtype=dtype), normal(3, 3, 64, 64, dtype=dtype)
+    y = normal(2, 10, 12, 64, dtype=dtype).relu()
+    dy = torch.where(y > 0, torch.randn_like(y), 0)
+    for value, expected in zip(
+        kernels.conv2d_bias_relu_grad(dy, y, x, kernel, dy_is_masked=True),
+        kernels.conv2d_bias_relu_grad(dy, y, x, kernel),
+        strict=True,
+    ):
+        assert value is None or torch.equal(value, expected)
+
+
+def test_ties_go_to_the_first_maximum():
+    y = torch.randint(0, 3, (2, 12, 10, 16), device="cuda").half()
+    dpooled = torch.randint(1, 4, (2, 6, 5, 16), device="cuda").half()
+    expected = kernels.reference_dz(torch.zeros_like(y).float(), y.float(), dpooled.float(), relu=False)
+    assert torch.equal(kernels.max_pool2d_grad(y, dpooled).float(), expected)
+    x, kernel = torch.ones(2, 12, 10, 16, device="cuda").half(), torch.eye(16, device="cuda").half().view(1, 1, 16, 16)
+    dx, _, _, dbias = kernels.conv2d_bias_relu_grad(torch.zeros_like(y), y, x, kernel, dpooled=dpooled)
+    expected = torch.where(y > 0, expected, 0)
+    assert torch.equal(dx.float(), expected)
+    assert torch.equal(dbias.float(), expected.sum((0, 1, 2)))
+
+
+@both
+@pytest.mark.parametrize("shape", [(2, 8, 10, 64), (3, 7, 9, 8), (2, 5, 6, 3), (1, 1, 4, 8)])
+def test_max_pool2d(dtype, shape):
+    x = normal(*shape, dtype=dtype)
+    pooled = torch.nn.functional.max_pool2d(x.permute(0, 3, 1, 2), 2) if shape[1] > 1 else None
+    y = kernels.max_pool2d(x)
+    if pooled is not None:
+        assert torch.equal(y, pooled.permute(0, 2, 3, 1))
+    dy = torch.randn_like(y)
+    expected = torch.zeros_like(x) if pooled is None else kernels.reference_dz(torch.zeros_like(x), x, dy, relu=False)
+    assert torch.equal(kernels.max_pool2d_grad(x, dy), expected)
+
+
+@both
+@pytest.mark.parametrize("labels_dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("classes", "flags"),
+    [
+        (2, {}),
+        (1, {}),
+        (5, {"squared": False, "label_smoothing": 0.1}),
+        (11, {"ignore_class": 3, "include_background": False}),
+        (4, {"ignore_class": 255 - 255, "dice_weight": 0.3, "ce_weight": 2.0, "smooth": 1.0}),
+    ],
+)
+def test_dice_cross_entropy(dtype, labels_dtype, classes, flags):
+    logits = normal(3, 61, 83, classes, dtype=dtype, scale=2.0)
+    labels = torch.randint(0, classes, logits.shape[:-1], device="cuda").to(labels_dtype)
+    weights = torch.rand(classes, device="cuda") + 0.5
+
+    def run(value):
+        leaf = value.detach().requires_grad_()
+        loss = kernels.reference_dice_cross_entropy(labels, leaf, weights, **flags)
+        return loss.detach(), torch.autograd.grad(loss @ dloss.to(loss.dtype), leaf)[0]
+
+    dloss = torch.rand(3, device="cuda") * 1000
+    loss, sums, ce = kernels.dice_cross_entropy(labels, logits, weights, **flags)
+    dlogits = kernels.dice_cross_entropy_grad(dloss, labels, logits, weights, sums, ce, **flags)
+    exact, exact_gradient = run(logits.double())
+    assert error(loss, exact) <= 1e-5
+    stock, stock_gradient = run(logits.float())
+    check([dlogits], [exact_gradient], [stock_gradient.to(dtype)])
+    assert error(loss, exact) <= max(2 * error(stock, exact), 2e-6)
+
+
+def test_dice_cross_entropy_survives_the_largest_logits():
+    logits = torch.tensor([6e4, -6e4], device="cuda").half().expand(2, 100, 2).contiguous()
+    labels = torch.tensor([0, 1], device="cuda", dtype=torch.uint8).view(2, 1).expand(2, 100).contiguous()
+    weights = torch.ones(2, device="cuda")
+    loss, sums, ce = kernels.dice_cross_entropy(labels, logits, weights)
+    largest = 2 * 6e4
+    assert loss[0].item() == 0 and abs(loss[1].item() - (largest + 1)) < 1e-3 * largest
+    dlogits = kernels.dice_cross_entropy_grad(torch.ones(2, device="cuda"), labels, logits, weights, sums, ce)
+    assert torch.equal(dlogits[1, 0].float(), torch.tensor([0.01, -0.01], device="cuda").half().float())
+
+
+def test_a_bad_label_makes_its_sample_nan():
+    logits = normal(3, 50, 2, dtype=torch.float16)
+    labels = torch.randint(0, 2, (3, 50), device="cuda", dtype=torch.int32)
+    labels[1, 7] = 2
+    loss, _, _ = kernels.dice_cross_entropy(labels, logits, torch.ones(2, device="cuda"))
+    assert loss.isnan().tolist() == [False, True, False]
+
+
+def test_results_are_the_same_to_the_bit_and_in_a_captured_graph():
+    dtype = torch.float16
+    x, skip = normal(4, 60, 62, 64, dtype=dtype), normal(4, 70, 70, 64, dtype=dtype)
+    kernel, y = normal(3, 3, 128, 64, dtype=dtype), normal(4, 58, 60, 64, dtype=dtype)
+    args = [torch.randn_like(y), y, x, kernel, skip, normal(4, 29, 30, 64, dtype=dtype)]
+    first = kernels.conv2d_bias_relu_grad(*args)
+    for value, expected in zip(kernels.conv2d_bias_relu_grad(*args), first, strict=True):
+        assert torch.equal(value, expected)
+    p = kernels.conv2d_problem(x, kernel, skip, pool=True)
+    out = [torch.zeros_like(value) for value in first]
+    space = torch.empty(
+        kernels.native.conv2d_bias_relu_grad_workspace_bytes(p, kernels.tuning()), dtype=torch.uint8, device="cuda"
+    )
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dy, y, x, kernel, skip, dpooled = (a.data_ptr() for a in args)
+        kernels.native.conv2d_bias_relu_grad(
+            torch.cuda.current_stream().cuda_stream, p, dy, dpooled, y, x, skip, kernel,
+            *(o.data_ptr() for o in out), space.data_ptr(), False, kernels.tuning(),
+        )  # fmt: skip
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(value, expected) for value, expected in zip(out, first, strict=True))
+
+
+def test_float32_is_refused():
+    x, kernel = torch.ones(1, 8, 8, 8, device="cuda"), torch.ones(3, 3, 8, 8, device="cuda")
+    with pytest.raises(RuntimeError, match="801"):  # cudaErrorNotSupported
+        kernels.conv2d_bias_relu(x, kernel, torch.zeros(8, device="cuda"))
