@@ -20,6 +20,8 @@ REPORT = TESTS / "report.json"
 def run_file(path):
     """Run one file of tests in a process of its own, since PyTorch and TensorFlow bring CUDA libraries of their own.
 
+    Without conftest.py, which imports Keras and so TensorFlow.
+
     Args:
         path: pathlib.Path of the file.
 
@@ -29,8 +31,11 @@ def run_file(path):
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", str(path), "-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
-        subprocess.run(command, cwd=ROOT, check=False)
+        options = ["-q", "-p", "no:cacheprovider", "--noconftest", f"--junitxml={results}"]
+        search = [str(ROOT), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+        # cuDNN's choice by trial takes a second a shape, and here no stock op's speed matters.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search), "TF_CUDNN_USE_AUTOTUNE": "0"}
+        subprocess.run([sys.executable, "-m", "pytest", str(path), *options], cwd=ROOT, env=environment, check=False)
         cases = xml.etree.ElementTree.parse(results).iter("testcase") if results.exists() else ()
         tests = {}
         for case in cases:
