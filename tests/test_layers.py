@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from unet_fast import _library, ops, reference
+from unet_fast import FusedUNet, _library, ops, reference
 from unet_fast.errors import UserError
 from unet_fast.layers import CenterCrop, FusedConv2D, FusedConv2DTranspose, use_fused
 
@@ -190,15 +190,11 @@ def test_odd_margins_crop_as_the_op_does():
     ("available", "cuda", "gpus", "dtype", "expected"),
     [
         (True, True, 1, "float16", True),
-        (True, True, 1, "float32", True),
+        (True, True, 1, "bfloat16", True),
+        (True, True, 1, "float32", False),  # the op has no such kernel on a GPU
         (True, False, 0, "float32", True),
-        (
-            True,
-            True,
-            0,
-            "float16",
-            False,
-        ),  # CPUs have no half-precision arithmetic that would make the op the faster one
+        # CPUs have no half-precision arithmetic that would make the op the faster one.
+        (True, True, 0, "float16", False),
         (True, False, 1, "float32", False),  # the op would leave the GPU
         (False, False, 0, "float32", False),
     ],
@@ -208,8 +204,19 @@ def test_auto_takes_the_faster(monkeypatch, available, cuda, gpus, dtype, expect
     library(monkeypatch, available=available, cuda=cuda, gpus=gpus)
     assert use_fused("auto", dtype) is expected
     assert use_fused("stock", dtype) is False
-    if available and (cuda or not gpus):
+    if available and (cuda or not gpus) and not (gpus and dtype == "float32"):
         assert use_fused("fused", dtype) is True
+    if not gpus:
+        assert use_fused("auto", dtype, on_cpu=False) is False
+
+
+def test_auto_on_a_cpu_goes_by_the_width_and_by_xla():
+    narrow = FusedUNet((32, 32, 1), filters=8, depth=1, padding="same")
+    assert not narrow.uses_fused_ops
+    narrow.compile("sgd", "mse", jit_compile=True)
+    assert narrow.uses_fused_ops
+    assert FusedUNet((32, 32, 1), filters=64, depth=1, padding="same").uses_fused_ops
+    assert FusedUNet((32, 32, 1), filters=8, depth=1, padding="same", backend="fused").uses_fused_ops
 
 
 @pytest.mark.parametrize("backend", ["auto", "fused"])
