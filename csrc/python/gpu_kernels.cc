@@ -7,6 +7,9 @@
 #include <string>
 
 #include "conv/gpu.h"
+#ifdef UNET_FAST_SM90
+#include "conv/sm90/config.h"
+#endif
 #include "conv/wmma/config.h"
 #include "loss/gpu.h"
 #include "pool/gpu.h"
@@ -32,6 +35,13 @@ DType ToDType(const std::string& name) {
   if (name == "float16") return DType::kFloat16;
   if (name == "bfloat16") return DType::kBFloat16;
   throw py::value_error("dtype: expected float32, float16 or bfloat16, got " + name);
+}
+
+gpu::Engine ToEngine(const std::string& name) {
+  if (name == "auto") return gpu::Engine::kAuto;
+  if (name == "wmma") return gpu::Engine::kWmma;
+  if (name == "sm90") return gpu::Engine::kSm90;
+  throw py::value_error("engine: expected auto, wmma or sm90, got " + name);
 }
 
 LabelType ToLabelType(const std::string& name) {
@@ -96,12 +106,18 @@ void BindGpuKernels(py::module_& m) {
 
   py::class_<gpu::Conv2DTuning>(m, "Conv2DTuning", "Choices that otherwise follow from the problem.")
       .def(py::init<>())
+      .def_property("engine", nullptr, [](gpu::Conv2DTuning& t, const std::string& name) { t.engine = ToEngine(name); })
       .def_readwrite("gemm", &gpu::Conv2DTuning::gemm)
       .def_readwrite("wgrad", &gpu::Conv2DTuning::wgrad)
       .def_readwrite("splits", &gpu::Conv2DTuning::splits);
 
-  m.attr("gemm_tiles") = gpu::kGemmTileCount;
-  m.attr("wgrad_tiles") = gpu::kWgradTileCount;
+  // Of each engine in this build: how many tiles its implicit GEMM and its weight gradient have.
+  py::dict engines;
+  engines["wmma"] = py::make_tuple(gpu::wmma::kGemmTileCount, gpu::wmma::kWgradTileCount);
+#ifdef UNET_FAST_SM90
+  engines["sm90"] = py::make_tuple(gpu::sm90::kGemmConfigCount, gpu::sm90::kWgradConfigCount);
+#endif
+  m.attr("engines") = engines;
 
   m.def(
       "conv2d_bias_relu",

@@ -11,21 +11,26 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 
 newest=$(find csrc/kernels csrc/python -type f -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2-)
-sources=(csrc/kernels/conv/problem.cc $(find csrc/kernels/conv/wmma csrc/kernels/pool csrc/kernels/loss -name '*.cu')
-         csrc/kernels/conv/wmma/config.cc)
+folders=(csrc/kernels/conv/*.cu csrc/kernels/conv/wmma csrc/kernels/pool csrc/kernels/loss)
+flags="-std=c++17 -O3 -Icsrc/kernels -gencode arch=compute_$arch,code=sm_$arch -Xcompiler -fPIC"
+if [[ "$arch" == 90a ]]; then
+  folders+=(csrc/kernels/conv/sm90)
+  flags+=" -DUNET_FAST_SM90"
+fi
+sources=(csrc/kernels/conv/problem.cc $(find "${folders[@]}" -name '*.cu') $(find "${folders[@]}" -name 'config.cc'))
 objects=()
 stale=()
 for source in "${sources[@]}"; do
-  object="$out/$(basename "$source").o"
+  object="$out/${source//\//_}.o"
   objects+=("$object")
   [[ "$object" -nt "$newest" ]] || stale+=("$source")
 done
 if [[ ${#stale[@]} -gt 0 ]]; then
   printf '%s\n' "${stale[@]}" | xargs -P "$(nproc)" -I{} sh -c \
-    "nvcc -std=c++17 -O3 -Icsrc/kernels -gencode arch=compute_$arch,code=sm_$arch -Xcompiler -fPIC -c {} -o $out/\$(basename {}).o"
+    "nvcc $flags -c {} -o $out/\$(echo {} | tr / _).o"
 fi
 [[ "${OBJECTS_ONLY:-}" ]] && exit
 includes=$("$python" -m pybind11 --includes)
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-nvcc -std=c++17 -O2 -Xcompiler -fPIC,-fvisibility=hidden -shared -cudart static -DUNET_FAST_GPU_KERNELS_MODULE $includes \
-  -Icsrc/kernels csrc/python/gpu_kernels.cc "${objects[@]}" -o "$out/_gpu_kernels$suffix"
+nvcc -O2 $flags -Xcompiler -fvisibility=hidden -shared -cudart static -DUNET_FAST_GPU_KERNELS_MODULE $includes \
+  csrc/python/gpu_kernels.cc "${objects[@]}" -o "$out/_gpu_kernels$suffix"

@@ -16,11 +16,14 @@
 
 namespace unet_fast::gpu {
 
-// Choices that otherwise follow from the problem, see conv/wmma/config.h. They change speed, and for `splits` the order
-// of a sum. A tile that does not fit the problem (channels that are no multiple of 8) is passed over.
+enum class Engine { kAuto = -1, kWmma, kSm90 };
+
+// Choices that otherwise follow from the problem and the device. They change speed, and for `splits` the order of a
+// sum. An engine that the device has not got, and a tile that does not fit the problem, are passed over.
 struct Conv2DTuning {
-  int gemm = -1;   // index into kGemmTiles
-  int wgrad = -1;  // index into kWgradTiles
+  Engine engine = Engine::kAuto;
+  int gemm = -1;  // index into the engine's tiles: kGemmTiles of conv/wmma/config.h, kGemmConfigs of conv/sm90/engine.h
+  int wgrad = -1;  // likewise: kWgradTiles, kWgradConfigs
   int splits = 0;  // partial sums of the weight gradient
 };
 

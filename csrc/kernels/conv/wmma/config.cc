@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace unet_fast::gpu {
+namespace unet_fast::gpu::wmma {
 namespace {
 
 constexpr int64_t kMultiprocessors = 132;
@@ -58,9 +58,4 @@ WgradPlan PlanWgrad(int64_t m, int64_t n, int64_t pixels, bool vector, int force
   return plan;
 }
 
-int SumBlocks(int64_t pixels) {
-  constexpr int64_t kPixelsPerBlock = 256;
-  return static_cast<int>(std::clamp<int64_t>(pixels / kPixelsPerBlock, 1, 8 * kMultiprocessors));
-}
-
-}  // namespace unet_fast::gpu
+}  // namespace unet_fast::gpu::wmma

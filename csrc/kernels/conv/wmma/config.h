@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace unet_fast::gpu {
+namespace unet_fast::gpu::wmma {
 
 struct Tile {
   int m, n;           // rows and columns of a block's tile
@@ -34,7 +34,4 @@ struct WgradPlan {
 // For m x n results, each a sum over `pixels`.
 WgradPlan PlanWgrad(int64_t m, int64_t n, int64_t pixels, bool vector, int forced_tile, int forced_splits);
 
-// Blocks that share the pixels of an element-wise pass; each leaves a partial sum.
-int SumBlocks(int64_t pixels);
-
-}  // namespace unet_fast::gpu
+}  // namespace unet_fast::gpu::wmma

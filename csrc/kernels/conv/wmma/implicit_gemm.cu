@@ -1,11 +1,12 @@
 // Launcher of the implicit GEMM: limits, tile, layout of the weights.
 #include <algorithm>
 
+#include "conv/wmma/engine.h"
 #include "conv/wmma/implicit_gemm.cuh"
 
-namespace unet_fast::gpu {
+namespace unet_fast::gpu::wmma {
 
-int ImplicitGemm(void* stream, DType dtype, GemmArgs g, const Conv2DTuning& tuning) {
+int ImplicitGemm(void* stream, DType dtype, GemmArgs g, int forced_tile) {
   const int64_t rows = CeilDiv(g.out_h, 2), cols = CeilDiv(g.out_w, 2), m = 4 * g.batch * rows * cols;
   g.quads_per_image = Divisor(rows * cols);
   g.quads_per_row = Divisor(cols);
@@ -27,8 +28,8 @@ int ImplicitGemm(void* stream, DType dtype, GemmArgs g, const Conv2DTuning& tuni
       }
     }
   }
-  const int tile = ChooseGemmTile(m * g.lists, g.n, g.vector, tuning.gemm);
+  const int tile = ChooseGemmTile(m * g.lists, g.n, g.vector, forced_tile);
   return g.transposed ? LaunchGemmTransposed(stream, dtype, g, tile) : LaunchGemmPlain(stream, dtype, g, tile);
 }
 
-}  // namespace unet_fast::gpu
+}  // namespace unet_fast::gpu::wmma

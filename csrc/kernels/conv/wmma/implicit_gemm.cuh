@@ -9,11 +9,11 @@
 // it adds the bias and which it masks, pools, and stores in 16 bytes.
 #pragma once
 
+#include "conv/gemm.h"
 #include "conv/wmma/config.h"
 #include "conv/wmma/fragment.cuh"
-#include "conv/wmma/gemm.h"
 
-namespace unet_fast::gpu {
+namespace unet_fast::gpu::wmma {
 
 template <int kTileM_, int kTileN_, int kWarpM_, int kWarpN_, int kDepth_, int kStages_, bool kTransposed_>
 struct GemmShape {
@@ -330,4 +330,4 @@ int LaunchGemmTile(void* stream, DType dtype, const GemmArgs& g, int tile) {
 int LaunchGemmPlain(void* stream, DType dtype, const GemmArgs& g, int tile);
 int LaunchGemmTransposed(void* stream, DType dtype, const GemmArgs& g, int tile);
 
-}  // namespace unet_fast::gpu
+}  // namespace unet_fast::gpu::wmma

@@ -4,12 +4,13 @@
 // worked out once a block, a pixel a thread, into a small table in shared memory. There are few result tiles (64 > 64
 // channels: five) and millions of pixels, so the pixels are split over blocks; each leaves its partial sum in a slab of
 // float32 and reduce.cu adds the slabs in order. With one split the result is stored at once.
+#include "conv/gemm.h"
+#include "conv/reduce.h"
 #include "conv/wmma/config.h"
+#include "conv/wmma/engine.h"
 #include "conv/wmma/fragment.cuh"
-#include "conv/wmma/gemm.h"
-#include "conv/wmma/reduce.h"
 
-namespace unet_fast::gpu {
+namespace unet_fast::gpu::wmma {
 namespace {
 
 template <int kTileM_, int kTileN_, int kWarpM_, int kWarpN_, int kDepth_, int kStages_>
@@ -235,6 +236,13 @@ __global__ __launch_bounds__(S::kThreads, kBlocksAtOnce<S>) void WgradKernel(con
 #endif
 }
 
+int64_t Channels(const WgradArgs& g) { return g.source[0].channels + (g.sources == 2 ? g.source[1].channels : 0); }
+int64_t Rows(const WgradArgs& g) { return g.taps.count * Channels(g); }
+WgradPlan Plan(const WgradArgs& g, int forced_tile, int forced_splits) {
+  return PlanWgrad(Rows(g), g.n, static_cast<int64_t>(g.batch) * g.out_h * g.out_w, g.vector, forced_tile,
+                   forced_splits);
+}
+
 template <typename T, typename S, bool kVector>
 int LaunchTile(void* stream, const WgradArgs& g, int splits) {
   const int64_t rows = g.taps.count * static_cast<int64_t>(g.channels.d);
@@ -245,24 +253,22 @@ int LaunchTile(void* stream, const WgradArgs& g, int splits) {
 
 }  // namespace
 
-size_t WgradSlabBytes(int64_t rows, int64_t n, int64_t pixels, bool vector, const Conv2DTuning& tuning) {
-  const int splits = PlanWgrad(rows, n, pixels, vector, tuning.wgrad, tuning.splits).splits;
-  return splits == 1 ? 0 : static_cast<size_t>(splits) * rows * n * sizeof(float);
+size_t WgradSlabBytes(const WgradArgs& g, int forced_tile, int forced_splits) {
+  const WgradPlan plan = Plan(g, forced_tile, forced_splits);
+  return plan.splits == 1 ? 0 : static_cast<size_t>(plan.splits) * Rows(g) * g.n * sizeof(float);
 }
 
-int Wgrad(void* stream, DType dtype, WgradArgs g, const Conv2DTuning& tuning) {
+int Wgrad(void* stream, DType dtype, WgradArgs g, int forced_tile, int forced_splits) {
   const int64_t per_image = static_cast<int64_t>(g.out_h) * g.out_w, pixels = per_image * g.batch;
-  const int64_t channels = g.source[0].channels + (g.sources == 2 ? g.source[1].channels : 0);
-  const int64_t rows = g.taps.count * channels;
   g.pixels_per_image = Divisor(per_image);
   g.pixels_per_row = Divisor(g.out_w);
-  g.channels = Divisor(channels);
+  g.channels = Divisor(Channels(g));
   // The last step of the last split may count a little beyond the pixels.
   if (pixels + kPixelStep >= int64_t{1} << 31) return cudaErrorNotSupported;
   for (int s = 0; s < g.sources; ++s) {
     if (g.source[s].image_stride >= int64_t{1} << 31) return cudaErrorNotSupported;
   }
-  const WgradPlan plan = PlanWgrad(rows, g.n, pixels, g.vector, tuning.wgrad, tuning.splits);
+  const WgradPlan plan = Plan(g, forced_tile, forced_splits);
   g.pixels_per_split = plan.pixels_per_split;
   const int status = Dispatch16(dtype, [&](auto type) -> int {
     using T = decltype(type);
@@ -277,7 +283,7 @@ int Wgrad(void* stream, DType dtype, WgradArgs g, const Conv2DTuning& tuning) {
     }
   });
   if (status != 0 || plan.splits == 1) return status;
-  return SumSlabs(stream, dtype, g.slabs, plan.splits, rows * g.n, g.dweights);
+  return SumSlabs(stream, dtype, g.slabs, plan.splits, Rows(g) * g.n, g.dweights);
 }
 
-}  // namespace unet_fast::gpu
+}  // namespace unet_fast::gpu::wmma

@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "common/cuda.cuh"
-#include "conv/wmma/direct.h"
-#include "conv/wmma/reduce.h"
+#include "conv/direct.h"
+#include "conv/reduce.h"
 
 namespace unet_fast::gpu {
 namespace {

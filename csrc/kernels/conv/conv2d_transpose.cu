@@ -1,11 +1,11 @@
-// conv2d_transpose_bias_relu on the wmma engine, stride 2. Output pixels of one parity see only some taps - even rows
+// conv2d_transpose_bias_relu on a GPU, stride 2. Output pixels of one parity see only some taps - even rows
 // r = 0 of input row i and, in a 3x3 kernel, r = 2 of row i - 1; odd rows r = 1 of row i - and columns likewise. So the
 // forward pass is four small convolutions of x, one launch with a list of taps each: nine products a pixel of x, none
 // with a zero. Its input gradient is a convolution of dz with stride 2.
+#include "conv/gemm.h"
 #include "conv/gpu.h"
-#include "conv/wmma/gemm.h"
-#include "conv/wmma/mask.h"
-#include "conv/wmma/workspace.h"
+#include "conv/mask.h"
+#include "conv/workspace.h"
 
 namespace unet_fast::gpu {
 namespace {
@@ -28,6 +28,17 @@ TapList AllTaps(const Conv2DTransposeProblem& p) {
   return taps;
 }
 
+// dkernel[r, f, c] = sum over i of dz[2 i + r, f] x[i, c]: dz takes the part of the input, x that of the gradient.
+WgradArgs Wgrad(const Conv2DTransposeProblem& p, const Conv2DTransposeGradient& d, const void* dz) {
+  WgradArgs w;
+  w.source[0] = DzSource(p, dz);
+  w.source_h = 2 * p.height, w.source_w = 2 * p.width, w.stride = 2;
+  w.dz = d.x, w.batch = p.batch, w.out_h = p.height, w.out_w = p.width, w.n = p.channels;
+  w.taps = AllTaps(p), w.vector = IsVector(p);
+  w.dweights = d.dkernel;
+  return w;
+}
+
 struct GradWorkspace {
   Workspace layout;
   void* dz = nullptr;
@@ -35,11 +46,10 @@ struct GradWorkspace {
 
   GradWorkspace(void* base, const Conv2DTransposeProblem& p, bool stores_dz, const Conv2DTuning& tuning)
       : layout(base) {
-    const int64_t pixels = p.batch * p.height * p.width;
-    if (stores_dz) dz = layout.Take(4 * pixels * p.filters * SizeOf(p.dtype));
-    bias_slabs = static_cast<float*>(layout.Take(MaskSlabBytes(4 * pixels, p.filters)));
-    slabs = static_cast<float*>(layout.Take(
-        WgradSlabBytes(p.kernel_size * p.kernel_size * p.filters, p.channels, pixels, IsVector(p), tuning)));
+    const int64_t pixels = 4 * p.batch * p.height * p.width;
+    if (stores_dz) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
+    bias_slabs = static_cast<float*>(layout.Take(MaskSlabBytes(pixels, p.filters)));
+    slabs = static_cast<float*>(layout.Take(WgradSlabBytes(Wgrad(p, {}, nullptr), tuning)));
   }
 };
 
@@ -100,13 +110,8 @@ int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& p, c
     g.result[0] = {d.dx, nullptr, x.image_stride, x.row_stride, x.channels, x.channels};
     UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, g, tuning));
   }
-  // dkernel[r, f, c] = sum over i of dz[2 i + r, f] x[i, c]: dz takes the part of the input, x that of the gradient.
-  WgradArgs w;
-  w.source[0] = DzSource(p, dz);
-  w.source_h = 2 * p.height, w.source_w = 2 * p.width, w.stride = 2;
-  w.dz = d.x, w.batch = p.batch, w.out_h = p.height, w.out_w = p.width, w.n = p.channels;
-  w.taps = AllTaps(p), w.vector = IsVector(p);
-  w.dweights = d.dkernel, w.slabs = space.slabs;
+  WgradArgs w = Wgrad(p, d, dz);
+  w.slabs = space.slabs;
   return Wgrad(stream, p.dtype, w, tuning);
 }
 

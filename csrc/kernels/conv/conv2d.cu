@@ -1,9 +1,9 @@
-// conv2d_bias_relu on the wmma engine: which kernels a problem takes, and with what arguments.
+// conv2d_bias_relu on a GPU: which kernels a problem takes, and with what arguments.
+#include "conv/direct.h"
+#include "conv/gemm.h"
 #include "conv/gpu.h"
-#include "conv/wmma/direct.h"
-#include "conv/wmma/gemm.h"
-#include "conv/wmma/mask.h"
-#include "conv/wmma/workspace.h"
+#include "conv/mask.h"
+#include "conv/workspace.h"
 
 namespace unet_fast::gpu {
 namespace {
@@ -68,11 +68,15 @@ int Dgrad(void* stream, const Conv2DProblem& p, const Conv2DGradient& d, const v
   return ImplicitGemm(stream, p.dtype, g, tuning);
 }
 
-size_t WgradBytes(const Conv2DProblem& p, const Conv2DTuning& tuning) {
-  if (HasFewFilters(p)) return FewFiltersWgradSlabBytes(p);
-  if (HasFewChannels(p)) return FewChannelsWgradSlabBytes(p);
-  return WgradSlabBytes(p.kernel_size * p.kernel_size * p.in_channels(), p.filters,
-                        p.batch * p.out_height() * p.out_width(), IsVector(p), tuning);
+WgradArgs Wgrad(const Conv2DProblem& p, const Conv2DGradient& d, const void* dz) {
+  WgradArgs w;
+  w.source[0] = XSource(p, d.x);
+  if (p.skip_channels > 0) w.source[w.sources++] = SkipSource(p, d.skip);
+  w.source_h = p.height, w.source_w = p.width;
+  w.dz = dz, w.batch = p.batch, w.out_h = p.out_height(), w.out_w = p.out_width(), w.n = p.filters;
+  w.taps = Taps(p, /*backwards=*/false), w.vector = IsVector(p);
+  w.dweights = d.dkernel;
+  return w;
 }
 
 struct GradWorkspace {
@@ -82,9 +86,12 @@ struct GradWorkspace {
 
   GradWorkspace(void* base, const Conv2DProblem& p, bool stores_dz, const Conv2DTuning& tuning) : layout(base) {
     const int64_t pixels = p.batch * p.out_height() * p.out_width();
+    const WgradArgs wgrad = Wgrad(p, {}, nullptr);
     if (stores_dz) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
-    bias_slabs = static_cast<float*>(layout.Take(MaskSlabBytes(pixels, p.filters)));
-    slabs = static_cast<float*>(layout.Take(WgradBytes(p, tuning)));
+    bias_slabs = static_cast<float*>(layout.Take(BiasSlabBytes(wgrad, tuning)));
+    slabs = static_cast<float*>(layout.Take(HasFewFilters(p)    ? FewFiltersWgradSlabBytes(p)
+                                            : HasFewChannels(p) ? FewChannelsWgradSlabBytes(p)
+                                                                : WgradSlabBytes(wgrad, tuning)));
   }
 };
 
@@ -121,12 +128,15 @@ int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& p, const Conv2DGradien
   const bool masks = p.relu && !dy_is_masked, stores_dz = masks || p.pool;
   const GradWorkspace space(workspace, p, stores_dz, tuning);
   const void* dz = stores_dz ? space.dz : d.dy;
-  MaskArgs m = {};
-  m.dy = d.dy, m.dpooled = p.pool ? d.dpooled : nullptr, m.y = d.y;
-  m.batch = p.batch, m.h = p.out_height(), m.w = p.out_width(), m.channels = p.filters;
-  // What comes back through the pool may not be masked, whatever dy is.
-  m.relu = p.relu && stores_dz, m.dz = space.dz, m.slabs = space.bias_slabs, m.dbias = d.dbias;
-  UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, p.dtype, m));
+  const bool direct = HasFewFilters(p) || HasFewChannels(p);
+  if (stores_dz || direct) {
+    MaskArgs m = {};
+    m.dy = d.dy, m.dpooled = p.pool ? d.dpooled : nullptr, m.y = d.y;
+    m.batch = p.batch, m.h = p.out_height(), m.w = p.out_width(), m.channels = p.filters;
+    // What comes back through the pool may not be masked, whatever dy is.
+    m.relu = p.relu && stores_dz, m.dz = space.dz, m.slabs = space.bias_slabs, m.dbias = d.dbias;
+    UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, p.dtype, m));
+  }
 
   if (d.dx != nullptr || (d.dskip != nullptr && p.skip_channels > 0)) {
     UNET_FAST_CUDA_RETURN_IF_ERROR(HasFewFilters(p) ? FewFiltersDgrad(stream, p, dz, d.x, d.kernel, d.dx)
@@ -134,13 +144,9 @@ int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& p, const Conv2DGradien
   }
   if (HasFewFilters(p)) return FewFiltersWgrad(stream, p, d.x, dz, d.dkernel, space.slabs);
   if (HasFewChannels(p)) return FewChannelsWgrad(stream, p, d.x, dz, d.dkernel, space.slabs);
-  WgradArgs w;
-  w.source[0] = XSource(p, d.x);
-  if (p.skip_channels > 0) w.source[w.sources++] = SkipSource(p, d.skip);
-  w.source_h = p.height, w.source_w = p.width;
-  w.dz = dz, w.batch = p.batch, w.out_h = p.out_height(), w.out_w = p.out_width(), w.n = p.filters;
-  w.taps = Taps(p, /*backwards=*/false), w.vector = IsVector(p);
-  w.dweights = d.dkernel, w.slabs = space.slabs;
+  WgradArgs w = Wgrad(p, d, dz);
+  w.slabs = space.slabs, w.bias_slabs = space.bias_slabs;
+  if (!stores_dz) w.dbias = d.dbias;
   return Wgrad(stream, p.dtype, w, tuning);
 }
 

@@ -2,11 +2,12 @@
 // registers, and dz is read nine times by each - so dz is stored once, and its sum over the pixels, the bias gradient,
 // is taken on the way. Where dy is dz already, only the sum is left. A thread takes 8 channels of quads of 2x2 pixels,
 // which are the pooling windows.
-#include "conv/wmma/mask.h"
+#include "conv/mask.h"
+
+#include <algorithm>
 
 #include "common/cuda.cuh"
-#include "conv/wmma/config.h"
-#include "conv/wmma/reduce.h"
+#include "conv/reduce.h"
 
 namespace unet_fast::gpu {
 namespace {
@@ -97,6 +98,12 @@ __global__ void ZeroKernel(uint16_t* data, int64_t h, int64_t w, int64_t channel
 }
 
 }  // namespace
+
+// Blocks that share the pixels; each leaves a partial sum.
+static int SumBlocks(int64_t pixels) {
+  constexpr int64_t kPixelsPerBlock = 256, kMaxBlocks = 1056;
+  return static_cast<int>(std::clamp<int64_t>(pixels / kPixelsPerBlock, 1, kMaxBlocks));
+}
 
 size_t MaskSlabBytes(int64_t pixels, int64_t channels) {
   return static_cast<size_t>(SumBlocks(pixels)) * channels * sizeof(float);

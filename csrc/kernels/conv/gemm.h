@@ -69,7 +69,7 @@ struct GemmArgs {
   Divisor quads_per_image, quads_per_row;  // set by the launcher
 };
 
-int ImplicitGemm(void* stream, DType dtype, GemmArgs args, const Conv2DTuning& tuning);
+int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, const Conv2DTuning& tuning);
 
 // dweights[t, c, n] = sum over pixels p of source[p * stride + offset(t), c] * dz[p, n], one list of taps, in `splits`
 // partial sums over p.
@@ -82,13 +82,17 @@ struct WgradArgs {
   TapList taps;
   bool vector = false;
   void* dweights = nullptr;
-  float* slabs = nullptr;  // [splits, taps, channels, n]
+  float* slabs = nullptr;       // WgradSlabBytes, for the partial sums
+  void* dbias = nullptr;        // also the sum of dz over the pixels, [n]; null: not wanted
+  float* bias_slabs = nullptr;  // BiasSlabBytes
 
   Divisor pixels_per_image, pixels_per_row, channels;  // set by the launcher, as what follows
   int pixels_per_split = 0;
 };
 
-int Wgrad(void* stream, DType dtype, WgradArgs args, const Conv2DTuning& tuning);
-size_t WgradSlabBytes(int64_t rows, int64_t n, int64_t pixels, bool vector, const Conv2DTuning& tuning);
+int Wgrad(void* stream, DType dtype, const WgradArgs& args, const Conv2DTuning& tuning);
+// For any device: a graph may be compiled before it is known where it will run.
+size_t WgradSlabBytes(const WgradArgs& args, const Conv2DTuning& tuning);
+size_t BiasSlabBytes(const WgradArgs& args, const Conv2DTuning& tuning);
 
 }  // namespace unet_fast::gpu

@@ -2,7 +2,7 @@
 // at the speed of memory. Many slabs of few elements: a block takes 32 elements and splits the slabs over its 16 warps,
 // each of which adds every 16th, and the 16 sums are added in order. Which numbers meet in which order depends on the
 // slabs' count and size alone.
-#include "conv/wmma/reduce.h"
+#include "conv/reduce.h"
 
 #include "common/cuda.cuh"
 

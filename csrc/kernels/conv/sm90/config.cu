@@ -1,0 +1,83 @@
+#include <algorithm>
+
+#include "conv/sm90/engine.h"
+
+namespace unet_fast::gpu::sm90 {
+namespace {
+
+constexpr int64_t kMultiprocessors = 132;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether the taps come in rows of three neighbours.
+bool InThrees(const TapList& taps) {
+  if (taps.count % 3 != 0) return false;
+  for (int t = 0; t < taps.count; ++t) {
+    const Tap &first = taps.tap[t / 3 * 3], &tap = taps.tap[t], &last = taps.tap[t / 3 * 3 + 2];
+    const int direction = last.col > first.col ? 1 : -1;
+    if (tap.row != first.row || tap.col != first.col + direction * (t % 3)) return false;
+  }
+  return true;
+}
+
+bool Serves(const GemmConfig& c, const GemmArgs& g) {
+  if (c.pairs != (g.pooled != nullptr)) return false;
+  if (c.share == 3 && (g.lists != 1 || g.stride != 1 || !InThrees(g.taps[0]))) return false;
+  return !c.pairs || (g.sources == 1 && !g.transposed && g.results == 1);
+}
+
+}  // namespace
+
+int ChooseGemm(const GemmArgs& g, int forced) {
+  const int64_t pixels = static_cast<int64_t>(g.batch) * (g.out_h + 1) * (g.out_w + 4) * g.lists;
+  if (!g.vector || g.out_h > 32768 || g.out_w > 32768 || pixels + 4096 >= int64_t{1} << 31) return -1;
+  if (forced >= 0 && forced < kGemmConfigCount && Serves(kGemmConfigs[forced], g)) return forced;
+  int best = -1;
+  double best_cost = 0;
+  for (int i = 0; i < kGemmConfigCount; ++i) {
+    const GemmConfig& c = kGemmConfigs[i];
+    if (!Serves(c, g)) continue;
+    const int64_t pitch = g.out_w + c.share - 1, rows = g.batch * static_cast<int64_t>(g.out_h) * pitch;
+    const int64_t tiles = CeilDiv(rows, 2 * c.warp_m) * CeilDiv(g.n, c.n) * g.lists;
+    const double cost = static_cast<double>(CeilDiv(tiles, kMultiprocessors * c.blocks)) * c.warp_m * c.n * c.blocks;
+    if (best < 0 || cost < best_cost) best = i, best_cost = cost;
+  }
+  return best;
+}
+
+WgradPlan PlanWgrad(const WgradArgs& g, int forced_config, int forced_splits) {
+  constexpr int64_t kMaxSplits = 264, kMinSteps = 8;
+  int64_t chunks = 0;
+  for (int s = 0; s < g.sources; ++s) chunks += CeilDiv(g.source[s].channels, 64);
+  WgradPlan plan{-1, 1, 0, 0};
+  double best = -1;
+  if (!g.vector) return plan;
+  for (int i = 0; i < kWgradConfigCount; ++i) {
+    const WgradConfig& c = kWgradConfigs[i];
+    if (forced_config >= 0 && forced_config < kWgradConfigCount && i != forced_config) continue;
+    if (c.share == 3 && (g.stride != 1 || !InThrees(g.taps))) continue;
+    const int64_t positions = static_cast<int64_t>(g.batch) * g.out_h * (g.out_w + c.share - 1);
+    if (positions + 64 >= int64_t{1} << 31) continue;
+    const int64_t steps = std::max<int64_t>(1, CeilDiv(positions, 64));
+    const int64_t units = chunks * g.taps.count / c.share;
+    const int64_t tiles = CeilDiv(units, c.share == 3 ? c.rounds : 3 * c.rounds) * CeilDiv(g.n, c.n);
+    const int64_t limit = forced_splits > 0 ? std::min<int64_t>(forced_splits, steps)
+                                            : std::clamp<int64_t>(steps / kMinSteps, 1, kMaxSplits);
+    for (int64_t splits = forced_splits > 0 ? limit : 1; splits <= limit; ++splits) {
+      const int64_t per_split = CeilDiv(steps, splits), waves = CeilDiv(tiles * splits, kMultiprocessors);
+      // Cycles of a multiprocessor: products, what a block costs beside them, slabs written and read.
+      const double products = 6.0 * c.rounds * c.n * static_cast<double>(per_split) * (c.share == 3 ? 1.0 : 1.3);
+      const double slabs =
+          splits == 1 ? 0.0 : static_cast<double>(splits) * g.taps.count * chunks * 64 * g.n * 8 / 1800;
+      const double cost = static_cast<double>(waves) * (products + 5000) + slabs;
+      if (best < 0 || cost < best) {
+        best = cost;
+        plan = {i, static_cast<int>(splits), static_cast<int>(steps), static_cast<int>(per_split)};
+      }
+    }
+  }
+  if (plan.config >= 0) plan.splits = static_cast<int>(CeilDiv(plan.steps, plan.steps_per_split));
+  return plan;
+}
+
+}  // namespace unet_fast::gpu::sm90

@@ -1,0 +1,25 @@
+// The tiles of the sm90 engine; launch.h and wgrad.cu have their kernels, config.cu chooses.
+#pragma once
+
+namespace unet_fast::gpu::sm90 {
+
+// A tile of the implicit GEMM: two warpgroups of warp_m rows each, and n columns. share 3: taps that lie three in a row
+// share a load of pixels. pairs: rows of the image in pairs, for pooling in the epilogue; plain weights only.
+struct GemmConfig {
+  int warp_m, n, share;
+  bool pairs;
+  int blocks;  // at once on a multiprocessor
+};
+constexpr GemmConfig kGemmConfigs[] = {{128, 64, 3, false, 2},  {128, 64, 3, true, 2},  {64, 128, 3, false, 2},
+                                       {128, 128, 3, false, 1}, {128, 128, 3, true, 1}, {64, 256, 3, false, 1},
+                                       {128, 128, 1, false, 1}, {64, 256, 1, false, 1}, {128, 64, 1, false, 2}};
+constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(GemmConfig);
+
+// A tile of the weight gradient: three warpgroups of 64 * rounds rows each, and n columns; share as above.
+struct WgradConfig {
+  int rounds, n, share;
+};
+constexpr WgradConfig kWgradConfigs[] = {{3, 64, 3}, {2, 128, 3}, {1, 128, 3}, {2, 128, 1}, {1, 128, 1}};
+constexpr int kWgradConfigCount = sizeof(kWgradConfigs) / sizeof(WgradConfig);
+
+}  // namespace unet_fast::gpu::sm90

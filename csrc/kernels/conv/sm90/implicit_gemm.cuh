@@ -1,0 +1,371 @@
+// The implicit GEMM of conv/gemm.h on Hopper: TMA loads, wgmma products. One warp loads, two warpgroups multiply, and a
+// block goes from tile to tile until none is left.
+//
+// Rows of the product are positions in the order in which TMA's im2col mode walks over the pixels, so nothing is wasted
+// at the edges of an image. Where taps lie three in a row (kShare 3), the walk also covers the two columns beyond the
+// right edge of the results: then the neighbour of a position is the next row in shared memory, one load of pixels
+// serves three taps, and two positions a row of the image are computed for nothing. (The swizzle is a function of the
+// address, so a matrix may start at any row.)
+//
+// kPairs: one warpgroup has even rows of the image, the other the odd ones below them, each read through a map of every
+// second row. Then a 2x2 pooling window is two neighbouring positions of both.
+//
+// Shared memory holds two rings of stages, since a load of pixels lasts longer than one of weights where it is shared.
+// The epilogue sends 16 x 64 results of a warp at a time through shared memory, so that a lane stores 16 bytes and
+// eight lanes a line.
+#pragma once
+
+#include "common/cuda.cuh"
+#include "conv/gemm.h"
+#include "ptx/hopper.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace unet_fast::gpu::sm90 {
+
+struct TapGroup {
+  uint8_t row, col;   // offset of the first tap from the first position
+  uint8_t weight[3];  // indices of the weights of the group's taps
+};
+
+struct KernelArgs {
+  CUtensorMap source[2][2];  // of the first and second source; kPairs: of its even and its odd rows
+  CUtensorMap weights;
+  int chunks[2];         // of 64 channels, a source
+  int first_channel[2];  // of a source, among the weights'
+  int groups[4], lists;
+  TapGroup group[4][9];
+  int64_t result_offset[4];
+  int first_row, first_col, step;  // source pixel of position (0, 0), and of a position to the next
+  Divisor positions_per_image, positions_per_row;
+  int batch, out_h, out_w, n;
+  int tiles_m, tiles_n, tiles;
+  GemmResult result[2];
+  int split;  // columns from here on belong to the second result
+  const void* bias;
+  bool relu;
+  void* pooled;
+};
+
+template <int kWarpM_, int kTileN_, int kShare_, bool kPairs_, bool kTransposed_, int kStagesA_, int kStagesB_,
+          int kBlocks_>
+struct Shape {
+  static constexpr int kWarpM = kWarpM_;  // rows of the product of a warpgroup: 64 or 128
+  static constexpr int kTileN = kTileN_, kShare = kShare_, kStagesA = kStagesA_, kStagesB = kStagesB_;
+  static constexpr bool kPairs = kPairs_, kTransposed = kTransposed_;
+  static constexpr int kBlocks = kBlocks_;  // at once on a multiprocessor
+  // Two warpgroups multiply, and a warp loads; three more keep it company where registers are to move, which takes a
+  // warpgroup.
+  static constexpr int kThreads = kBlocks == 2 ? 288 : 384;
+  static constexpr int kBox = kWarpM + kShare - 1;
+  static constexpr int kA = (kBox * 128 + 1023) / 1024 * 1024;  // bytes of shared memory of a warpgroup's stage
+  static constexpr int kB = kTileN * 128;
+  static constexpr int kStrip = 16 * 128;
+  static constexpr size_t kSharedBytes =
+      1024 + kStagesA * 2 * kA + kStagesB * kB + 8 * kStrip + (kStagesA + kStagesB) * 16;
+};
+
+struct Position {
+  int image, row, col;
+};
+__device__ inline Position Locate(const KernelArgs& g, uint32_t m) {
+  uint32_t in_image, col;
+  const uint32_t image = g.positions_per_image.Divide(m, &in_image);
+  const uint32_t row = g.positions_per_row.Divide(in_image, &col);
+  return {static_cast<int>(image), static_cast<int>(row), static_cast<int>(col)};
+}
+
+// Where a row of the product goes; image -1: nowhere.
+struct alignas(8) Place {
+  int image;
+  uint16_t row, col;
+};
+
+struct TileIndex {
+  int list, n;
+  uint32_t m;
+};
+template <typename S>
+__device__ TileIndex LocateTile(const KernelArgs& g, int tile) {
+  const int rest = tile / g.tiles_n;
+  constexpr int kRows = S::kPairs ? S::kWarpM : 2 * S::kWarpM;
+  return {rest / g.tiles_m, (tile - rest * g.tiles_n) * S::kTileN, static_cast<uint32_t>(rest % g.tiles_m) * kRows};
+}
+
+// The next of `kStages` stages; the parity of its barriers flips with each turn of the ring.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void Next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+struct Barriers {
+  uint32_t a_full, a_empty, b_full, b_empty;  // 8 bytes a stage
+};
+
+template <typename S>
+__device__ void LoadTiles(const KernelArgs& g, uint32_t a_shared, uint32_t b_shared, const Barriers& barriers) {
+  Ring<S::kStagesA> a;
+  Ring<S::kStagesB> b;
+  for (int t = blockIdx.x; t < g.tiles; t += gridDim.x) {
+    const TileIndex tile = LocateTile<S>(g, t);
+    Position at[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      at[w] = Locate(g, tile.m + (S::kPairs ? 0 : w * S::kWarpM));
+      at[w].row = at[w].row * g.step + (S::kPairs ? g.first_row >> 1 : g.first_row);
+      at[w].col = at[w].col * g.step + g.first_col;
+    }
+    for (int s = 0; s < 2; ++s) {
+      for (int chunk = 0; chunk < g.chunks[s]; ++chunk) {
+        for (int i = 0; i < g.groups[tile.list]; ++i) {
+          const TapGroup& group = g.group[tile.list][i];
+          const uint32_t a_full = barriers.a_full + a.stage * 8;
+          ptx::BarrierWait(barriers.a_empty + a.stage * 8, a.parity ^ 1);
+          ptx::BarrierArriveExpect(a_full, 2 * S::kBox * 128);
+#pragma unroll
+          for (int w = 0; w < 2; ++w) {
+            int row = group.row, odd = 0;
+            if (S::kPairs) {  // of the rows of one parity
+              const int source_row = w + group.row + g.first_row;
+              odd = source_row & 1, row = (source_row >> 1) - (g.first_row >> 1);
+            }
+            ptx::LoadPixels(a_shared + (a.stage * 2 + w) * S::kA, &g.source[s][odd], a_full, chunk * 64, at[w].col,
+                            at[w].row, at[w].image, group.col, static_cast<uint16_t>(row));
+          }
+          a.Next();
+#pragma unroll
+          for (int tap = 0; tap < S::kShare; ++tap) {
+            const uint32_t b_full = barriers.b_full + b.stage * 8, to = b_shared + b.stage * S::kB;
+            const int channel = g.first_channel[s] + chunk * 64, weight = group.weight[tap];
+            ptx::BarrierWait(barriers.b_empty + b.stage * 8, b.parity ^ 1);
+            ptx::BarrierArriveExpect(b_full, S::kB);
+            if constexpr (S::kTransposed) {
+              ptx::LoadTile3D(to, &g.weights, b_full, channel, tile.n, weight);
+            } else {
+#pragma unroll
+              for (int n = 0; n < S::kTileN / 64; ++n) {
+                ptx::LoadTile3D(to + n * 8192, &g.weights, b_full, tile.n + n * 64, channel, weight);
+              }
+            }
+            b.Next();
+          }
+        }
+      }
+    }
+  }
+}
+
+// Two results as one 32-bit register.
+template <typename T>
+__device__ uint32_t PackPair(float a, float b, bool relu) {
+  Pair<T> pair;
+  if constexpr (std::is_same_v<T, __half>) {
+    pair = __floats2half2_rn(a, b);
+  } else {
+    pair = __floats2bfloat162_rn(a, b);
+  }
+  if (relu) pair = __hmax2_nan(pair, Pair<T>{});
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Adds the bias to 16 x 64 results of a warp, and stores them to shared memory as T.
+template <typename T, int kTileN>
+__device__ void Stage(const float (&sum)[kTileN / 2], int strip_n, const KernelArgs& g, int n, uint32_t strip) {
+  const int lane = threadIdx.x % 32, row = lane % 16, half = lane / 16;
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float2 bias = {0.0f, 0.0f};
+      const int column = n + (j + i) * 8 + lane % 4 * 2;
+      if (g.bias != nullptr && column < g.n) {
+        const Pair<T> pair = *reinterpret_cast<const Pair<T>*>(static_cast<const T*>(g.bias) + column);
+        bias = {ToFloat(pair.x), ToFloat(pair.y)};
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int at = (strip_n * 8 + j + i) * 4 + h * 2;
+        packed[i * 2 + h] = PackPair<T>(sum[at] + bias.x, sum[at + 1] + bias.y, g.relu);
+      }
+    }
+    ptx::StoreMatrix(strip + row * 128 + (((j + half) ^ (row & 7)) << 4), packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
+template <typename T, typename S>
+__device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared, uint32_t b_shared, uint32_t strips,
+                         const Barriers& barriers, Place* places) {
+  constexpr int kRounds = S::kWarpM / 64, kStrips = S::kTileN / 64;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const uint32_t strip = strips + (group_index * 4 + warp) * S::kStrip;
+  Ring<S::kStagesA> a, a_done;
+  Ring<S::kStagesB> b, b_done;
+  for (int t = blockIdx.x; t < g.tiles; t += gridDim.x) {
+    const TileIndex tile = LocateTile<S>(g, t);
+    {  // Where the rows of this warp go: worked out once, a row a lane.
+      const int row = lane / 16 * 64 + warp * 16 + lane % 16;
+      Position at = Locate(g, tile.m + row + (S::kPairs ? 0 : group_index * S::kWarpM));
+      if (S::kPairs) at.row = at.row * 2 + group_index;
+      if (at.row >= g.out_h || at.col >= g.out_w || at.image >= g.batch) at.image = -1;
+      if (lane < kRounds * 16) {
+        places[group_index * S::kWarpM + row] = {at.image, static_cast<uint16_t>(at.row),
+                                                 static_cast<uint16_t>(at.col)};
+      }
+      __syncwarp();
+    }
+    float sum[kRounds][S::kTileN / 2];
+    const int loads = (g.chunks[0] + g.chunks[1]) * g.groups[tile.list];
+    int accumulate = 0;
+#pragma unroll 1
+    for (int load = 0; load < loads; ++load) {
+      ptx::BarrierWait(barriers.a_full + a.stage * 8, a.parity);
+#pragma unroll
+      for (int tap = 0; tap < S::kShare; ++tap) {
+        ptx::BarrierWait(barriers.b_full + b.stage * 8, b.parity);
+        const uint64_t a_matrix = ptx::Descriptor(a_shared + (a.stage * 2 + group_index) * S::kA + tap * 128);
+        const uint64_t b_matrix = S::kTransposed ? ptx::Descriptor(b_shared + b.stage * S::kB)
+                                                 : ptx::Descriptor(b_shared + b.stage * S::kB, 8192);
+        ptx::WgmmaFence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+#pragma unroll
+          for (int r = 0; r < kRounds; ++r) {
+            // 16 channels further: 32 bytes along a row, or 16 rows.
+            ptx::Wgmma<T, S::kTileN, 0, S::kTransposed ? 0 : 1>(sum[r], a_matrix + ((r * 8192 + k * 32) >> 4),
+                                                                b_matrix + (k * (S::kTransposed ? 32 : 2048) >> 4),
+                                                                accumulate);
+          }
+          accumulate = 1;
+        }
+        ptx::WgmmaCommit();
+        b.Next();
+        // The products before these are done: their stages are free.
+        ptx::WgmmaWait<1>();
+        if (load + tap > 0 && lane == 0) {
+          ptx::BarrierArrive(barriers.b_empty + b_done.stage * 8);
+          if (tap == 0) ptx::BarrierArrive(barriers.a_empty + a_done.stage * 8);
+        }
+        if (load + tap > 0) {
+          b_done.Next();
+          if (tap == 0) a_done.Next();
+        }
+      }
+      a.Next();
+    }
+    ptx::WgmmaWait<0>();
+    if (lane == 0) {
+      ptx::BarrierArrive(barriers.b_empty + b_done.stage * 8);
+      ptx::BarrierArrive(barriers.a_empty + a_done.stage * 8);
+    }
+    a_done.Next(), b_done.Next();
+
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        const int n = tile.n + s * 64 + lane % 8 * 8;
+        const bool second = n >= g.split;
+        const GemmResult& to = g.result[second];
+        const int64_t base = g.result_offset[tile.list] + n - (second ? g.split : 0);
+        const Place* rows = places + group_index * S::kWarpM + r * 64 + warp * 16 + lane / 8;
+        const auto offset = [&](const Place& at) {
+          return base + at.image * to.image_stride + at.row * to.row_stride +
+                 static_cast<int64_t>(at.col) * to.pixel_stride;
+        };
+        uint4 mask[4];  // as bits: packs of 16-bit numbers would be taken apart to be kept
+        if (to.mask != nullptr) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const Place at = rows[i * 4];
+            if (at.image >= 0 && n < g.n) {
+              mask[i] = *reinterpret_cast<const uint4*>(static_cast<const T*>(to.mask) + offset(at));
+            }
+          }
+        }
+        Stage<T, S::kTileN>(sum[r], s, g, tile.n + s * 64, strip);
+        if constexpr (S::kPairs) {
+          ptx::NamedBarrier(1, 256);
+        } else {
+          __syncwarp();
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = i * 4 + lane / 8;
+          const uint4 bits = ptx::LoadShared16(strip + row * 128 + (((lane % 8) ^ (row & 7)) << 4));
+          Pack<T> out = reinterpret_cast<const Pack<T>&>(bits);
+          const Place at = rows[i * 4];
+          if (at.image < 0 || n >= g.n) continue;
+          if (to.mask != nullptr) out = Masked(out, reinterpret_cast<const Pack<T>&>(mask[i]));
+          *reinterpret_cast<Pack<T>*>(static_cast<T*>(to.data) + offset(at)) = out;
+        }
+        if constexpr (S::kPairs) {
+          // 32 windows of 64 channels: a thread takes 8 channels of one.
+          const int window = (group_index * 128 + thread) / 8, first = window * 2 % 16;
+          const Place corner = places[r * 64 + window * 2];
+          if (corner.image >= 0 && corner.row + 1 < g.out_h && corner.col + 1 < g.out_w && n < g.n) {
+            Pack<T> quad[4];
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+              const int row = first + q % 2;
+              const uint4 bits = ptx::LoadShared16(strips + (q / 2 * 4 + window / 8) * S::kStrip + row * 128 +
+                                                   (((lane % 8) ^ (row & 7)) << 4));
+              quad[q] = reinterpret_cast<const Pack<T>&>(bits);
+            }
+            const int64_t pooled =
+                (static_cast<int64_t>(corner.image) * (g.out_h / 2) + corner.row / 2) * (g.out_w / 2) + corner.col / 2;
+            *reinterpret_cast<Pack<T>*>(static_cast<T*>(g.pooled) + pooled * g.n + n) =
+                Max(Max(quad[0], quad[1]), Max(quad[2], quad[3]));
+          }
+          ptx::NamedBarrier(1, 256);
+        } else {
+          __syncwarp();
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename S>
+__global__ __launch_bounds__(S::kThreads, S::kBlocks) void ImplicitGemmKernel(const __grid_constant__ KernelArgs g) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ unsigned char shared[];
+  __shared__ Place places[2 * S::kWarpM];
+  // The swizzle repeats every 1024 bytes.
+  const uint32_t a_shared = (ptx::SharedAddress(shared) + 1023) & ~1023u;
+  const uint32_t b_shared = a_shared + S::kStagesA * 2 * S::kA, strips = b_shared + S::kStagesB * S::kB;
+  Barriers barriers;
+  barriers.a_full = strips + 8 * S::kStrip, barriers.a_empty = barriers.a_full + S::kStagesA * 8;
+  barriers.b_full = barriers.a_empty + S::kStagesA * 8, barriers.b_empty = barriers.b_full + S::kStagesB * 8;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStagesA; ++i) {
+      ptx::BarrierInit(barriers.a_full + i * 8, 1);
+      ptx::BarrierInit(barriers.a_empty + i * 8, 8);  // warps that multiply
+    }
+    for (int i = 0; i < S::kStagesB; ++i) {
+      ptx::BarrierInit(barriers.b_full + i * 8, 1);
+      ptx::BarrierInit(barriers.b_empty + i * 8, 8);
+    }
+    ptx::BarrierInitFence();
+    for (int s = 0; s < 2; ++s) {
+      for (int odd = 0; odd < (S::kPairs ? 2 : 1); ++odd) {
+        if (g.chunks[s] > 0) ptx::PrefetchTensorMap(&g.source[s][odd]);
+      }
+    }
+    ptx::PrefetchTensorMap(&g.weights);
+  }
+  __syncthreads();
+  if (threadIdx.x >= 256) {
+    if constexpr (S::kBlocks == 1) ptx::ShrinkRegisters<40>();
+    if (threadIdx.x == 256) LoadTiles<S>(g, a_shared, b_shared, barriers);
+  } else {
+    if constexpr (S::kBlocks == 1) ptx::GrowRegisters<232>();
+    Multiply<T, S>(g, threadIdx.x / 128, a_shared, b_shared, strips, barriers, places);
+  }
+#endif
+}
+
+}  // namespace unet_fast::gpu::sm90

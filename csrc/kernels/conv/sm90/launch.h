@@ -1,0 +1,74 @@
+// What the launchers of the sm90 kernels share: positions, and taps in groups that share a load.
+#pragma once
+
+#include <algorithm>
+
+#include "conv/sm90/implicit_gemm.cuh"
+
+namespace unet_fast::gpu::sm90 {
+
+struct FirstTap {
+  int row = 127, col = 127;
+};
+inline FirstTap First(const TapList* lists, int count) {
+  FirstTap first;
+  for (int l = 0; l < count; ++l) {
+    for (int t = 0; t < lists[l].count; ++t) {
+      first.row = std::min<int>(first.row, lists[l].tap[t].row);
+      first.col = std::min<int>(first.col, lists[l].tap[t].col);
+    }
+  }
+  return first;
+}
+
+// Groups of `share` taps, each from left to right; returns their number.
+inline int Group(const TapList& taps, int share, FirstTap first, TapGroup* groups) {
+  for (int t = 0; t < taps.count; t += share) {
+    const bool leftwards = share == 3 && taps.tap[t].col > taps.tap[t + 2].col;
+    TapGroup& group = groups[t / share];
+    for (int i = 0; i < share; ++i) {
+      const Tap& tap = taps.tap[leftwards ? t + share - 1 - i : t + i];
+      group.weight[i] = static_cast<uint8_t>(tap.index);
+      if (i == 0)
+        group.row = static_cast<uint8_t>(tap.row - first.row), group.col = static_cast<uint8_t>(tap.col - first.col);
+    }
+  }
+  return taps.count / share;
+}
+
+int LaunchFloat16(void* stream, const KernelArgs& args, int config, bool transposed);
+int LaunchBFloat16(void* stream, const KernelArgs& args, int config, bool transposed);
+
+template <typename T, typename S>
+int LaunchShape(void* stream, const KernelArgs& g) {
+  const int blocks = std::min(g.tiles, Multiprocessors() * S::kBlocks);
+  return Launch(ImplicitGemmKernel<T, S>, blocks, S::kThreads, S::kSharedBytes, stream, g);
+}
+
+template <typename T, bool kTransposed>
+int LaunchConfig(void* stream, const KernelArgs& g, int config) {
+  switch (config) {  // in the order of kGemmConfigs
+    case 0:
+      return LaunchShape<T, Shape<128, 64, 3, false, kTransposed, 2, 3, 2>>(stream, g);
+    case 1:
+      if constexpr (!kTransposed) return LaunchShape<T, Shape<128, 64, 3, true, false, 2, 3, 2>>(stream, g);
+      return cudaErrorNotSupported;
+    case 2:
+      return LaunchShape<T, Shape<64, 128, 3, false, kTransposed, 2, 3, 2>>(stream, g);
+    case 3:
+      return LaunchShape<T, Shape<128, 128, 3, false, kTransposed, 3, 6, 1>>(stream, g);
+    case 4:
+      if constexpr (!kTransposed) return LaunchShape<T, Shape<128, 128, 3, true, false, 3, 6, 1>>(stream, g);
+      return cudaErrorNotSupported;
+    case 5:
+      return LaunchShape<T, Shape<64, 256, 3, false, kTransposed, 3, 4, 1>>(stream, g);
+    case 6:
+      return LaunchShape<T, Shape<128, 128, 1, false, kTransposed, 4, 4, 1>>(stream, g);
+    case 7:
+      return LaunchShape<T, Shape<64, 256, 1, false, kTransposed, 4, 4, 1>>(stream, g);
+    default:
+      return LaunchShape<T, Shape<128, 64, 1, false, kTransposed, 2, 3, 2>>(stream, g);
+  }
+}
+
+}  // namespace unet_fast::gpu::sm90

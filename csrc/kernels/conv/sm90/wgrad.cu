@@ -1,0 +1,69 @@
+#include "conv/sm90/wgrad.cuh"
+
+#include "conv/sm90/engine.h"
+#include "conv/sm90/launch.h"
+#include "conv/sm90/tensor_map.h"
+
+namespace unet_fast::gpu::sm90 {
+namespace {
+
+template <typename T, typename S>
+int LaunchWgrad(void* stream, const WgradKernelArgs& g, int units, int splits) {
+  const dim3 grid(static_cast<unsigned>(CeilDiv(units, S::kTilesA) * g.tiles_n), splits);
+  return Launch(WgradKernel<T, S>, grid, kWgradThreads, S::kSharedBytes, stream, g);
+}
+
+}  // namespace
+
+int Wgrad(void* stream, DType dtype, const WgradArgs& g, const WgradPlan& plan, float* bias_slabs) {
+  const WgradConfig& c = kWgradConfigs[plan.config];
+  const int cols = g.out_w + c.share - 1;
+  const FirstTap first = First(&g.taps, 1);
+  WgradKernelArgs k = {};
+  k.first_row = first.row, k.first_col = first.col, k.step = g.stride;
+  for (int s = 0; s < g.sources; ++s) {
+    const GemmSource& source = g.source[s];
+    k.channels[s] = source.channels, k.chunks[s] = static_cast<int>(CeilDiv(source.channels, 64));
+    const PixelMap map = {source.data,         source.channels, g.source_w, g.source_h, g.batch, source.row_stride,
+                          source.image_stride, first.row,       g.out_h,    first.col,  cols,    g.stride,
+                          64 + c.share - 1};
+    UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(map, dtype, &k.source[s]));
+  }
+  const PixelMap dz = {g.dz,
+                       g.n,
+                       g.out_w,
+                       g.out_h,
+                       g.batch,
+                       static_cast<int64_t>(g.out_w) * g.n,
+                       static_cast<int64_t>(g.out_h) * g.out_w * g.n,
+                       0,
+                       g.out_h,
+                       0,
+                       cols,
+                       1,
+                       64};
+  UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(dz, dtype, &k.dz));
+  k.groups = Group(g.taps, c.share, first, k.group);
+  k.positions_per_image = Divisor(static_cast<int64_t>(g.out_h) * cols), k.positions_per_row = Divisor(cols);
+  k.n = g.n, k.tiles_n = static_cast<int>(CeilDiv(g.n, c.n));
+  k.steps = plan.steps, k.steps_per_split = plan.steps_per_split;
+  k.dweights = g.dweights, k.slabs = g.slabs, k.bias_slabs = bias_slabs;
+  const int units = k.groups * (k.chunks[0] + k.chunks[1]);
+  return Dispatch16(dtype, [&](auto type) -> int {
+    using T = decltype(type);
+    switch (plan.config) {  // in the order of kWgradConfigs
+      case 0:
+        return LaunchWgrad<T, WgradShape<3, 64, 3, 6>>(stream, k, units, plan.splits);
+      case 1:
+        return LaunchWgrad<T, WgradShape<2, 128, 3, 6>>(stream, k, units, plan.splits);
+      case 2:
+        return LaunchWgrad<T, WgradShape<1, 128, 3, 8>>(stream, k, units, plan.splits);
+      case 3:
+        return LaunchWgrad<T, WgradShape<2, 128, 1, 3>>(stream, k, units, plan.splits);
+      default:
+        return LaunchWgrad<T, WgradShape<1, 128, 1, 5>>(stream, k, units, plan.splits);
+    }
+  });
+}
+
+}  // namespace unet_fast::gpu::sm90
