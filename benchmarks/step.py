@@ -1,130 +1,285 @@
-"""Training step and inference of the reference U-Net on one GPU: unet_fast against Keras.
+"""Training step and prediction of the reference U-Net on one GPU: unet_fast against Keras and PyTorch.
 
-    python benchmarks/step.py [--json FILE] [--batch 1 8 16] [--systems NAME ...] [--phases train infer]
+    python benchmarks/step.py --json FILE [--resume] [--minutes 9] [--batch 8 1 16] [--systems NAME ...]
+                              [--phases train infer] [--table] [--plot FILE.png] [--no-run]
 
 The network, loss and optimizer are UNet_Medical's: 572x572x1 to 388x388x2, cross entropy and Dice, L2 5e-4, Adam 1e-4,
-dropout 0.5, dynamic loss scale in mixed precision. Data are random and lie on the GPU. Each system runs in a process of
-its own. `ms` is the median of three runs of 20 steps that are waited for at their end; p50 to p99 are of steps waited for
-one by one. UNET_FAST_REQUIRE_KERNELS=1 is set: a system that would quietly run on something else fails.
+dropout 0.5, dynamic loss scale in mixed precision; keras_unet.py and torch_unet.py have them. Data are random and lie on
+the GPU. timing.py says what is timed, and does so the same way for all.
+
+Each figure comes from a process of its own. The next process imports its framework while the one before compiles; while
+one is timed, no other does anything. The most telling rows come first, and FILE is written after each. Rows that FILE
+has of the same card, driver, versions and sources stay; with --resume they are not measured again, so what a time limit
+cut off can be fetched by further calls. `run` in a row is the number of the call that measured it.
 """
 
 import argparse
+import contextlib
+import importlib
+import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
 
-SYSTEMS = {  # name: (backend, dtype policy, XLA, TF32)
-    "unet_fast": ("fused", "mixed_float16", True, True),
-    "unet_fast graph": ("fused", "mixed_float16", False, True),
-    "keras mixed_float16 graph": ("stock", "mixed_float16", False, True),
-    "keras mixed_float16 xla": ("stock", "mixed_float16", True, True),
-    "keras tf32 xla": ("stock", "float32", True, True),
-    "keras float32 graph": ("stock", "float32", False, False),
+import record
+import step_report
+import timing
+
+SYSTEMS = {  # name: (module, its System's options)
+    "unet_fast": ("keras_unet", {"backend": "fused", "policy": "mixed_float16", "xla": True}),
+    "unet_fast graph": ("keras_unet", {"backend": "fused", "policy": "mixed_float16", "xla": False}),
+    "torch amp compile": ("torch_unet", {"compiled": True}),
+    "torch amp eager": ("torch_unet", {"compiled": False}),
+    "keras mixed_float16 xla": ("keras_unet", {"backend": "stock", "policy": "mixed_float16", "xla": True}),
+    "keras mixed_float16 graph": ("keras_unet", {"backend": "stock", "policy": "mixed_float16", "xla": False}),
+    "keras tf32 xla": ("keras_unet", {"backend": "stock", "policy": "float32", "xla": True}),
+    "keras float32 graph": ("keras_unet", {"backend": "stock", "policy": "float32", "xla": False, "tf32": False}),
 }
-RUNS, STEPS, LATENCY_STEPS = 3, 20, 60
+FIRST = ("unet_fast", "keras mixed_float16 xla", "torch amp compile")  # measured before the others
+MARK = "step.py worker: "  # begins a worker's lines to the one who started it; frameworks print as they like
+WORKER_SECONDS = 300  # that a worker may take to its next line
+COLUMNS = ("ms", "img_s", "p50", "p90", "p95", "p99", "mean", "peak_mib", "first_step_s")
+
+
+class WorkerError(Exception):
+    """A system could not be timed; the message is one line."""
+
+
+class OutOfTime(Exception):
+    """The time that was given is over."""
 
 
 def worker(name, phase, batch):
-    """Times one system; prints a JSON row."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    os.environ["UNET_FAST_REQUIRE_KERNELS"] = "1"
-    import keras
-    import tensorflow as tf
+    """Times one system in this process, taking each of its steps when told to by a line on standard input."""
 
-    from unet_fast import FusedUNet, losses
-    from unet_fast.training import AdamL2
+    def turn(state):
+        print(f"{MARK}{state}", flush=True)
+        sys.stdin.readline()
 
-    backend, policy, jit, tf32 = SYSTEMS[name]
-    gpu = tf.config.list_physical_devices("GPU")[0]
-    tf.config.experimental.set_memory_growth(gpu, True)
-    tf.config.experimental.enable_tensor_float_32_execution(tf32)
-    keras.utils.set_random_seed(0)
-    model = FusedUNet(backend=backend, dtype=policy)
-    model.compile(AdamL2(1e-4, 5e-4), losses.DiceCrossEntropy(backend=backend), jit_compile=jit)
-    if phase == "train":
-        step = tf.function(model.train_step, jit_compile=jit)
-        data = [
-            (
-                tf.random.normal((batch, 572, 572, 1), seed=i),
-                tf.random.uniform((batch, 388, 388), 0, 2, tf.int32, seed=i),
-            )
-            for i in range(4)
-        ]
-    else:
-        step = tf.function(lambda x: model(x, training=False), jit_compile=jit)
-        data = [tf.random.normal((batch, 572, 572, 1), seed=i) for i in range(4)]
+    module, options = SYSTEMS[name]
+    try:
+        module = importlib.import_module(module)
+        turn("imported")
+        system = module.System(phase, batch, **options)
+        print(f"{MARK}row {json.dumps(timing.measure(system, batch, lambda: turn('warm')))}", flush=True)
+    except Exception as error:
+        traceback.print_exc()
+        lines = "".join(traceback.format_exception_only(error)).splitlines()
+        print(f"{MARK}failed {lines[0]}", flush=True)
+        return 1
+    return 0
 
-    def wait(result):
-        tf.nest.map_structure(lambda t: tf.reshape(t, -1)[0].numpy(), result)
 
-    start = time.perf_counter()
-    wait(step(data[0]))
-    first_step_s = time.perf_counter() - start
-    for i in range(5):
-        wait(step(data[i % 4]))
-    runs, single = [], []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        for i in range(STEPS):
-            result = step(data[i % 4])
-        wait(result)
-        runs.append((time.perf_counter() - start) / STEPS * 1e3)
-    for i in range(LATENCY_STEPS):
-        start = time.perf_counter()
-        wait(step(data[i % 4]))
-        single.append((time.perf_counter() - start) * 1e3)
-    single.sort()
-    ms = statistics.median(runs)
-    row = {"system": name, "phase": phase, "batch": batch, "ms": round(ms, 3), "img_s": round(1e3 * batch / ms, 1)}
-    row |= {f"p{p}": round(single[min(len(single) - 1, len(single) * p // 100)], 3) for p in (50, 90, 95, 99)}
-    row["peak_mib"] = round(tf.config.experimental.get_memory_info("GPU:0")["peak"] / 2**20)
-    row["first_step_s"] = round(first_step_s, 1)
-    row["card"] = tf.config.experimental.get_device_details(gpu)["device_name"]
-    print(json.dumps(row))
+class Worker:
+    """A process that times one system; it waits for `go` before it touches the GPU, and again before it times.
+
+    Args:
+        name, phase, batch: what to time.
+        command: the program and its first arguments.
+    """
+
+    def __init__(self, name, phase, batch, command=(sys.executable, __file__, "--worker")):
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [*command, name, phase, str(batch)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self._seen = set()
+
+    def go(self):
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as the next line that is waited for will tell
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+
+    def wait_for(self, state, deadline=None):
+        """Waits until the worker says that it is in a state, and gives what it adds to that.
+
+        Args:
+            state: "imported", "warm" or "row".
+            deadline: time.monotonic() at which to give up, or None.
+
+        Raises:
+            WorkerError: it failed, ended or kept silent.
+            OutOfTime: the deadline came.
+        """
+        if state in self._seen:
+            return ""
+        left = WORKER_SECONDS if deadline is None else min(WORKER_SECONDS, deadline - time.monotonic())
+        late = threading.Event()
+
+        def end():
+            late.set()
+            self._process.kill()
+
+        alarm = threading.Timer(max(left, 0), end)
+        alarm.start()
+        try:
+            for line in self._process.stdout:
+                said, _, rest = line.removeprefix(MARK).strip().partition(" ")
+                if line.startswith(MARK) and said == state:
+                    self._seen.add(state)
+                    return rest
+                if line.startswith(MARK) and said == "failed":
+                    raise WorkerError(rest)
+        finally:
+            alarm.cancel()
+        if not late.is_set():
+            raise WorkerError(next(iter(self.last_errors(1)), f"ended with status {self._process.wait()}"))
+        if left < WORKER_SECONDS:
+            raise OutOfTime
+        raise WorkerError(f"no answer within {WORKER_SECONDS} s")
+
+    def last_errors(self, count):
+        """The last lines of its standard error, blank ones left out."""
+        self._errors.seek(0)
+        return [line.rstrip() for line in self._errors if line.strip()][-count:]
+
+    def close(self):
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+def measured(jobs, deadline=None, start=Worker):
+    """Times one job after the other.
+
+    Args:
+        jobs: list of (system, phase, batch).
+        deadline: time.monotonic() at which to stop, or None.
+        start: makes a Worker of a job's three parts.
+
+    Yields:
+        (job, dict of its figures), or (job, WorkerError) with the last lines of standard error as its second argument.
+        Ends early when the deadline comes.
+    """
+    ahead = os.cpu_count() >= 4  # else an import would slow the compilation beside it
+    current = following = None
+    try:
+        for job, next_job in itertools.zip_longest(jobs, jobs[1:]):
+            current, following = following or start(*job), None
+            try:
+                current.wait_for("imported", deadline)
+                current.go()
+                if next_job and ahead:
+                    following = start(*next_job)
+                current.wait_for("warm", deadline)
+                if following:
+                    with contextlib.suppress(WorkerError):  # raised again when it is its turn
+                        following.wait_for("imported", deadline)
+                current.go()
+                yield job, json.loads(current.wait_for("row", deadline))
+            except WorkerError as error:
+                yield job, WorkerError(str(error), current.last_errors(20))
+            current.close()
+            current = None
+    except OutOfTime:
+        return
+    finally:
+        for process in (current, following):
+            if process:
+                process.close()
+
+
+def ordered(systems, phases, batches):
+    """Jobs, the most telling ones first.
+
+    >>> ordered(["unet_fast graph", "unet_fast"], ["train"], [1, 8])[:3]
+    [('unet_fast', 'train', 8), ('unet_fast', 'train', 1), ('unet_fast graph', 'train', 8)]
+    """
+    batches = sorted(batches, key=lambda batch: batch != 8)
+    groups = ([s for s in FIRST if s in systems], [s for s in systems if s not in FIRST])
+    return [(s, phase, batch) for group in groups for batch in batches for phase in phases for s in group]
+
+
+def previous(path, facts):
+    """Rows of an earlier run that may stand beside new ones: those of the same facts."""
+    if path is None or not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    rows = result.pop("rows")
+    if result == facts:
+        return rows
+    changed = ", ".join(key for key in facts if result.get(key) != facts[key])
+    print(f"{path}: {len(rows)} rows of another {changed} are dropped", file=sys.stderr)
+    return []
+
+
+def sort_key(row):
+    return list(step_report.PHASES).index(row["phase"]), row["batch"], list(SYSTEMS).index(row["system"])
+
+
+def run(arguments):
+    """Measures and records; the result and whether it has every row that was asked for."""
+    built = record.native.load_from_package("_native")
+    devices, missing = built.gpu_devices()
+    if not devices:
+        sys.exit(f"benchmarks/step.py: expected a GPU, got none ({missing}); see `unet-fast info`")
+    facts = {"card": devices[0]["name"], "driver": record.driver()}
+    facts |= {"versions": record.versions("tensorflow", "keras", "torch"), "fingerprint": built.fingerprint}
+    rows = {(row["system"], row["phase"], row["batch"]): row for row in previous(arguments.json, facts)}
+    number = 1 + max((row["run"] for row in rows.values()), default=0)
+    jobs = ordered(arguments.systems, arguments.phases, arguments.batch)
+    left = [job for job in jobs if not (arguments.resume and job in rows)]
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    missed, failures = set(left), []
+    print(f"{facts['card']}, driver {facts['driver']}, {facts['versions']}")
+    print(f"{'system':26} {'phase':6} {'batch':>5} " + " ".join(f"{column:>12}" for column in COLUMNS), flush=True)
+    for job, figures in measured(left, deadline):
+        system, phase, batch = job
+        if isinstance(figures, WorkerError):
+            print(f"{system:26} {phase:6} {batch:5} FAILED: {figures.args[0]}", flush=True)
+            failures.append((job, figures.args[1]))
+            continue
+        missed.discard(job)
+        rows[job] = {"system": system, "phase": phase, "batch": batch, **figures, "run": number}
+        print(f"{system:26} {phase:6} {batch:5} " + " ".join(f"{figures[c]:12}" for c in COLUMNS), flush=True)
+        if arguments.json:
+            record.save(arguments.json, facts | {"rows": sorted(rows.values(), key=sort_key)})
+    for job, lines in failures:
+        print(f"\n{job} failed; its last lines:", *lines, sep="\n", file=sys.stderr)
+    if len(missed) > len(failures):
+        print(f"{len(missed) - len(failures)} rows are left for a further call with --resume", file=sys.stderr)
+    return facts | {"rows": sorted(rows.values(), key=sort_key)}, not missed
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE too")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16], metavar="N", help="default 1 8 16")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in FILE")
+    parser.add_argument("--resume", action="store_true", help="measure only what FILE has not")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes (default: when done)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1, 16], metavar="N", help="default 8 1 16")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="default all")
     parser.add_argument(
-        "--phases", nargs="+", choices=["train", "infer"], default=["train", "infer"], help="default both"
+        "--phases", nargs="+", choices=list(step_report.PHASES), default=list(step_report.PHASES), help="default both"
     )
+    parser.add_argument("--table", action="store_true", help="print the rows as Markdown at the end")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw images a second to FILE, a PNG")
+    parser.add_argument("--no-run", action="store_true", help="measure nothing: table and plot of what --json has")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         name, phase, batch = arguments.worker
         return worker(name, phase, int(batch))
-    rows = []
-    print(
-        f"{'system':27} {'phase':6} {'batch':>5} {'ms':>9} {'img/s':>8} {'p50':>8} {'p99':>8} {'peak MiB':>9} {'first s':>8}"
-    )
-    for batch in arguments.batch:
-        for phase in arguments.phases:
-            for name in arguments.systems:
-                command = [sys.executable, __file__, "--worker", name, phase, str(batch)]
-                output = subprocess.run(command, capture_output=True, text=True, check=False)
-                if output.returncode:
-                    print(f"{name}, {phase}, batch {batch} failed:\n{output.stderr[-1500:]}", flush=True)
-                    continue
-                row = json.loads(output.stdout.splitlines()[-1])
-                rows.append(row)
-                print(
-                    f"{name:27} {phase:6} {batch:5} {row['ms']:9.2f} {row['img_s']:8.1f} {row['p50']:8.2f} {row['p99']:8.2f} "
-                    f"{row['peak_mib']:9} {row['first_step_s']:8.1f}",
-                    flush=True,
-                )
-    if arguments.json:
-        from unet_fast import _native
-
-        result = {"card": rows[0]["card"], "fingerprint": _native.fingerprint, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if len(rows) == len(arguments.batch) * len(arguments.phases) * len(arguments.systems) else 1
+    if (arguments.resume or arguments.no_run) and arguments.json is None:
+        parser.error("--resume and --no-run need --json FILE")
+    if arguments.no_run:
+        result, complete = json.loads(arguments.json.read_text()), True
+    else:
+        result, complete = run(arguments)
+    if arguments.table:
+        print(step_report.markdown(result))
+    if arguments.plot:
+        step_report.plot(result, arguments.plot)
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

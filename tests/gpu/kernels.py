@@ -4,27 +4,11 @@ Every output is allocated with a margin on both sides and filled with NaN, so th
 seen.
 """
 
-import importlib.util
-import pathlib
-
+import native as _native
 import torch
 import torch.nn.functional as F
 
-
-def _native_gpu():
-    """unet_fast._native.gpu, without importing unet_fast: that would bring TensorFlow and its CUDA libraries in."""
-    (package,) = importlib.util.find_spec("unet_fast").submodule_search_locations
-    (file,) = pathlib.Path(package).glob("_native.*.so")
-    spec = importlib.util.spec_from_file_location("_native", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.gpu
-
-
-try:
-    import _gpu_kernels as native  # tests/gpu/build_native.sh
-except ImportError:
-    native = _native_gpu()
+native = _native.load_kernels()
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
@@ -62,10 +46,7 @@ def _workspace(size):
 
 
 def tuning(**fields):
-    value = native.Conv2DTuning()
-    for name, field in fields.items():
-        setattr(value, name, field)
-    return value
+    return _native.tuning(native, **fields)
 
 
 def conv2d_problem(x, kernel, skip=None, *, same=False, relu=True, pool=False, input_is_relu=False):

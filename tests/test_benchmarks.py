@@ -1,0 +1,197 @@
+"""The benchmarks' own logic, and that the peer in PyTorch is the same task; nothing here is timed."""
+
+import doctest
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from unet_fast import reference
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+
+# Says what step.py expects of a worker, then fails, or ends, or falls silent, as its system's name asks for.
+WORKER = """
+import json, sys, time
+mark, (name, phase, batch) = "step.py worker: ", sys.argv[1:]
+def turn(state):
+    print("chatter")
+    print(mark + state, flush=True)
+    sys.stdin.readline()
+turn("imported")
+if name == "fails":
+    print("ValueError: expected a GPU", file=sys.stderr)
+    print(mark + "failed ValueError: expected a GPU", flush=True)
+elif name == "dies":
+    sys.exit("Aborted\\n")
+else:
+    turn("warm")
+    if name == "hangs":
+        time.sleep(600)
+    print(mark + "row " + json.dumps({"ms": float(batch)}), flush=True)
+"""
+
+
+@pytest.fixture
+def step(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
+    import step
+
+    return step
+
+
+def row(system, phase, batch, ms, run=1):
+    figures = {"ms": ms, "img_s": 1e3 * batch / ms, "peak_mib": 1000, "first_step_s": 20.0, "first_step_peak_mib": 2000}
+    figures |= dict.fromkeys(("p50", "p90", "p95", "p99", "mean"), ms)
+    return {"system": system, "phase": phase, "batch": batch, **figures, "run": run}
+
+
+@pytest.fixture
+def result(step):
+    rows = [
+        row(system, phase, batch, (i + 10) * batch)
+        for i, system in enumerate(step.SYSTEMS)
+        for phase in ("train", "infer")
+        for batch in (1, 8, 16)
+    ]
+    facts = {"card": "a card", "driver": "1.0", "versions": {"keras": "3"}, "fingerprint": "f"}
+    return {**facts, "rows": rows}
+
+
+def test_examples(step):
+    import step_report
+    import timing
+
+    for module in (step, step_report, timing):
+        assert doctest.testmod(module).failed == 0
+
+
+def test_what_fails_is_reported_and_the_rest_goes_on(step, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+
+    def start(*job):
+        return step.Worker(*job, command=(sys.executable, str(script)))
+
+    jobs = [(name, "train", batch) for batch, name in enumerate(["good", "fails", "dies", "good"])]
+    outcomes = list(step.measured(jobs, start=start))
+    assert [job for job, _ in outcomes] == jobs
+    figures = [value for _, value in outcomes]
+    assert [figures[0], figures[3]] == [{"ms": 0.0}, {"ms": 3.0}]
+    assert figures[1].args == ("ValueError: expected a GPU", ["ValueError: expected a GPU"])
+    assert figures[2].args[0] == "Aborted"
+
+
+def test_a_time_limit_leaves_the_rest(step, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+
+    def start(*job):
+        return step.Worker(*job, command=(sys.executable, str(script)))
+
+    deadline = step.time.monotonic() + 5
+    jobs = [("hangs", "train", 1), ("good", "train", 1)]
+    assert list(step.measured(jobs, deadline, start=start)) == []
+
+
+def test_a_silent_worker_is_a_failure(step, tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    monkeypatch.setattr(step, "WORKER_SECONDS", 5)
+    worker = step.Worker("hangs", "train", 1, command=(sys.executable, str(script)))
+    worker.wait_for("imported")
+    worker.go()
+    worker.wait_for("warm")
+    worker.go()
+    with pytest.raises(step.WorkerError, match="no answer within 5 s"):
+        worker.wait_for("row")
+    worker.close()
+
+
+def test_rows_of_other_sources_do_not_stay(step, result, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    facts = {key: value for key, value in result.items() if key != "rows"}
+    assert step.previous(path, facts) == []
+    step.record.save(path, result)
+    assert step.previous(path, facts) == result["rows"]
+    assert step.previous(path, facts | {"fingerprint": "another"}) == []
+    assert f"{len(result['rows'])} rows of another fingerprint are dropped" in capsys.readouterr().err
+
+
+def test_run_resumes_and_keeps_what_it_has(step, monkeypatch, tmp_path, capsys):
+    class Built:
+        fingerprint = "f"
+
+        @staticmethod
+        def gpu_devices():
+            return [{"name": "a card"}], ""
+
+    measured = []
+
+    def fake(jobs, deadline):
+        for job in jobs:
+            measured.append(job)
+            failed = job[0] == "keras tf32 xla"
+            yield job, step.WorkerError("no", ["no"]) if failed else row(*job, ms=5.0)
+
+    monkeypatch.setattr(step.record.native, "load_from_package", lambda name: Built)
+    monkeypatch.setattr(step, "measured", fake)
+    path = tmp_path / "rows.json"
+    command = ["step.py", "--json", str(path), "--phases", "train", "--batch", "8", "1"]
+    systems = ["--systems", "unet_fast", "torch amp eager"]
+    monkeypatch.setattr(sys, "argv", [*command, *systems])
+    assert step.main() == 0
+    assert measured == [(s, "train", b) for s in ("unet_fast", "torch amp eager") for b in (8, 1)]
+    measured.clear()
+    monkeypatch.setattr(sys, "argv", [*command, *systems, "keras tf32 xla", "--resume", "--table"])
+    assert step.main() == 1
+    assert measured == [("keras tf32 xla", "train", 8), ("keras tf32 xla", "train", 1)]
+    stored = json.loads(path.read_text())
+    assert [(r["system"], r["batch"]) for r in stored["rows"]] == [
+        (s, b) for b in (1, 8) for s in ("unet_fast", "torch amp eager")
+    ]
+    assert {r["run"] for r in stored["rows"]} == {1} and stored["fingerprint"] == "f"
+    output = capsys.readouterr().out
+    assert "FAILED: no" in output and "| torch amp eager | 8 | 5.00 | 1.00 |" in output
+
+
+def test_table_and_plot(step, result, tmp_path):
+    import step_report
+
+    table = step_report.markdown(result)
+    assert "| torch amp compile | 8 | 96.00 | 1.20 |" in table and table.count("\n| ") == 50
+    step_report.plot(result, tmp_path / "plot.png")
+    height, width, _ = matplotlib.image.imread(tmp_path / "plot.png").shape
+    assert width > height > 500
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
+def test_the_peer_is_the_same_network_and_loss(tmp_path):
+    # In a process of its own, since PyTorch and TensorFlow bring CUDA libraries of their own.
+    script = f"""
+import sys
+sys.path.append({str(FOLDER)!r})
+import numpy as np, torch, torch_unet
+data = np.load("data.npz")
+logits = torch.from_numpy(data["logits"]).permute(0, 3, 1, 2)
+model = torch_unet.UNet()
+with torch.device("meta"):
+    shape = torch_unet.UNet()(torch.empty(1, 1, 572, 572)).shape
+loss = torch_unet.dice_cross_entropy(logits, torch.from_numpy(data["labels"]))
+np.savez("result.npz", loss=loss, shape=shape, sizes=[p.numel() for p in model.parameters()])
+"""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(3, 17, 19, 2)).astype("float32") * 3
+    labels = generator.integers(0, 2, (3, 17, 19)).astype("int32")
+    np.savez(tmp_path / "data.npz", logits=logits, labels=labels)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    got = np.load(tmp_path / "result.npz")
+    assert got["shape"].tolist() == [1, 2, 388, 388]
+    assert got["sizes"].sum() == 34_512_258 and len(got["sizes"]) == 46
+    expected = reference.dice_cross_entropy(labels, logits).numpy().mean()
+    np.testing.assert_allclose(got["loss"], expected, rtol=1e-6)
