@@ -1,16 +1,19 @@
 """Training step and prediction of the reference U-Net on one GPU: unet_fast against Keras and PyTorch.
 
-    python benchmarks/step.py --json FILE [--resume] [--minutes 9] [--batch 8 1 16] [--systems NAME ...]
-                              [--phases train infer] [--table] [--plot FILE.png] [--no-run]
+    python benchmarks/step.py [--json FILE [--resume]] [--batch 8 1 16] [--systems NAME ...] [--phases train infer]
+                              [--minutes M]
+    python benchmarks/step.py --json FILE [--table] [--plot FILE.png]
 
 The network, loss and optimizer are UNet_Medical's: 572x572x1 to 388x388x2, cross entropy and Dice, L2 5e-4, Adam 1e-4,
 dropout 0.5, dynamic loss scale in mixed precision; keras_unet.py and torch_unet.py have them. Data are random and lie on
 the GPU. timing.py says what is timed, and does so the same way for all.
 
 Each figure comes from a process of its own. The next process imports its framework while the one before compiles; while
-one is timed, no other does anything. The most telling rows come first, and FILE is written after each. Rows that FILE
-has of the same card, driver, versions and sources stay; with --resume they are not measured again, so what a time limit
-cut off can be fetched by further calls. `run` in a row is the number of the call that measured it.
+one is timed, no other does anything. The most telling rows come first, and FILE is written after each. With --resume, rows
+that FILE has of the same card and the same native sources stay and are not measured again, so that further calls fetch
+what failed or what a time limit cut off. `run` in a row counts the calls; `runs` has the driver and versions of each.
+
+The second form measures nothing: it prints or draws what FILE has.
 """
 
 import argparse
@@ -145,7 +148,10 @@ class Worker:
 
     def close(self):
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()  # not read to its end: what the process has started may hold it open for longer
         self._errors.close()
 
 
@@ -201,16 +207,23 @@ def ordered(systems, phases, batches):
 
 
 def previous(path, facts):
-    """Rows of an earlier run that may stand beside new ones: those of the same facts."""
-    if path is None or not path.exists():
-        return []
+    """What an earlier call has left that may stand beside new rows, which is what has the same facts.
+
+    Args:
+        path: pathlib.Path of its file.
+        facts: dict of the card and the fingerprint.
+
+    Returns:
+        (its rows, the driver and versions of its runs), both empty lists if there is none.
+    """
+    if not path.exists():
+        return [], []
     result = json.loads(path.read_text())
-    rows = result.pop("rows")
-    if result == facts:
-        return rows
     changed = ", ".join(key for key in facts if result.get(key) != facts[key])
-    print(f"{path}: {len(rows)} rows of another {changed} are dropped", file=sys.stderr)
-    return []
+    if not changed:
+        return result["rows"], result["runs"]
+    print(f"{path}: {len(result['rows'])} rows of another {changed} are dropped", file=sys.stderr)
+    return [], []
 
 
 def sort_key(row):
@@ -218,20 +231,19 @@ def sort_key(row):
 
 
 def run(arguments):
-    """Measures and records; the result and whether it has every row that was asked for."""
+    """Measures and records; whether every row that was asked for is there."""
     built = record.native.load_from_package("_native")
     devices, missing = built.gpu_devices()
     if not devices:
         sys.exit(f"benchmarks/step.py: expected a GPU, got none ({missing}); see `unet-fast info`")
-    facts = {"card": devices[0]["name"], "driver": record.driver()}
-    facts |= {"versions": record.versions("tensorflow", "keras", "torch"), "fingerprint": built.fingerprint}
-    rows = {(row["system"], row["phase"], row["batch"]): row for row in previous(arguments.json, facts)}
-    number = 1 + max((row["run"] for row in rows.values()), default=0)
-    jobs = ordered(arguments.systems, arguments.phases, arguments.batch)
-    left = [job for job in jobs if not (arguments.resume and job in rows)]
+    facts = {"card": devices[0]["name"], "fingerprint": built.fingerprint}
+    rows, runs = previous(arguments.json, facts) if arguments.resume else ([], [])
+    rows = {(row["system"], row["phase"], row["batch"]): row for row in rows}
+    runs = [*runs, {"driver": record.driver(), "versions": record.versions("tensorflow", "keras", "torch")}]
+    left = [job for job in ordered(arguments.systems, arguments.phases, arguments.batch) if job not in rows]
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     missed, failures = set(left), []
-    print(f"{facts['card']}, driver {facts['driver']}, {facts['versions']}")
+    print(f"{facts['card']}, {step_report.environment(runs[-1])}")
     print(f"{'system':26} {'phase':6} {'batch':>5} " + " ".join(f"{column:>12}" for column in COLUMNS), flush=True)
     for job, figures in measured(left, deadline):
         system, phase, batch = job
@@ -240,15 +252,15 @@ def run(arguments):
             failures.append((job, figures.args[1]))
             continue
         missed.discard(job)
-        rows[job] = {"system": system, "phase": phase, "batch": batch, **figures, "run": number}
+        rows[job] = {"system": system, "phase": phase, "batch": batch, **figures, "run": len(runs)}
         print(f"{system:26} {phase:6} {batch:5} " + " ".join(f"{figures[c]:12}" for c in COLUMNS), flush=True)
         if arguments.json:
-            record.save(arguments.json, facts | {"rows": sorted(rows.values(), key=sort_key)})
+            record.save(arguments.json, facts | {"runs": runs, "rows": sorted(rows.values(), key=sort_key)})
     for job, lines in failures:
         print(f"\n{job} failed; its last lines:", *lines, sep="\n", file=sys.stderr)
     if len(missed) > len(failures):
         print(f"{len(missed) - len(failures)} rows are left for a further call with --resume", file=sys.stderr)
-    return facts | {"rows": sorted(rows.values(), key=sort_key)}, not missed
+    return not missed
 
 
 def main():
@@ -261,25 +273,26 @@ def main():
     parser.add_argument(
         "--phases", nargs="+", choices=list(step_report.PHASES), default=list(step_report.PHASES), help="default both"
     )
-    parser.add_argument("--table", action="store_true", help="print the rows as Markdown at the end")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw images a second to FILE, a PNG")
-    parser.add_argument("--no-run", action="store_true", help="measure nothing: table and plot of what --json has")
+    parser.add_argument("--table", action="store_true", help="only print what FILE has, as Markdown")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="only draw what --json has to FILE, a PNG")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         name, phase, batch = arguments.worker
         return worker(name, phase, int(batch))
-    if (arguments.resume or arguments.no_run) and arguments.json is None:
-        parser.error("--resume and --no-run need --json FILE")
-    if arguments.no_run:
-        result, complete = json.loads(arguments.json.read_text()), True
-    else:
-        result, complete = run(arguments)
+    report = arguments.table or arguments.plot
+    if (arguments.resume or report) and arguments.json is None:
+        parser.error("--resume, --table and --plot need --json FILE")
+    if not report:
+        return 0 if run(arguments) else 1
+    if not arguments.json.exists():
+        parser.error(f"expected the rows of an earlier call in {arguments.json}, found no such file")
+    result = json.loads(arguments.json.read_text())
     if arguments.table:
         print(step_report.markdown(result))
     if arguments.plot:
         step_report.plot(result, arguments.plot)
-    return 0 if complete else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -30,6 +30,16 @@ def _batches(rows):
     return sorted({row["batch"] for row in rows})
 
 
+def environment(run):
+    """Driver and versions of a run as text; packages that it lacked are left out.
+
+    >>> environment({"driver": "570.1", "versions": {"keras": "3.15", "torch": None}})
+    'driver 570.1, keras 3.15'
+    """
+    used = (f"{name} {version}" for name, version in run["versions"].items() if version)
+    return ", ".join([f"driver {run['driver']}", *used])
+
+
 def markdown(result):
     """Tables of a result, one a phase; `ratio` is how many times as fast as that row unet_fast is.
 
@@ -42,14 +52,15 @@ def markdown(result):
     >>> row = {"phase": "train", "batch": 8, "p50": 1.0, "p90": 1.0, "p95": 1.0, "p99": 1.0, "mean": 1.0}
     >>> row |= {"img_s": 10, "peak_mib": 1, "first_step_s": 1, "run": 1}
     >>> rows = [row | {"system": "unet_fast", "ms": 10.0}, row | {"system": "peer", "ms": 15.0}]
-    >>> result = {"card": "a card", "versions": {}, "driver": "1", "fingerprint": "0", "rows": rows}
+    >>> runs = [{"driver": "1", "versions": {}}]
+    >>> result = {"card": "a card", "fingerprint": "0", "runs": runs, "rows": rows}
     >>> print(markdown(result).splitlines()[-1])
     | peer | 8 | 15.00 | 1.50 | 10 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1 | 1.0 |
     """
     titles = ["system", "batch", "ms", "ratio", *list(_COLUMNS)[1:]]
-    runs = len({row["run"] for row in result["rows"]})
-    used = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = [f"{result['card']}, driver {result['driver']}; {used}; " + (f"{runs} runs" if runs > 1 else "one run")]
+    environments = dict.fromkeys(environment(result["runs"][row["run"] - 1]) for row in result["rows"])
+    calls = len({row["run"] for row in result["rows"]})
+    lines = ["; ".join([result["card"], *environments, f"{calls} runs" if calls > 1 else "one run"])]
     for phase, title in PHASES.items():
         table = []
         for batch in _batches(result["rows"]):

@@ -59,8 +59,8 @@ def result(step):
         for phase in ("train", "infer")
         for batch in (1, 8, 16)
     ]
-    facts = {"card": "a card", "driver": "1.0", "versions": {"keras": "3"}, "fingerprint": "f"}
-    return {**facts, "rows": rows}
+    runs = [{"driver": "1.0", "versions": {"keras": "3", "torch": None}}]
+    return {"card": "a card", "fingerprint": "f", "runs": runs, "rows": rows}
 
 
 def test_examples(step):
@@ -115,11 +115,11 @@ def test_a_silent_worker_is_a_failure(step, tmp_path, monkeypatch):
 
 def test_rows_of_other_sources_do_not_stay(step, result, tmp_path, capsys):
     path = tmp_path / "rows.json"
-    facts = {key: value for key, value in result.items() if key != "rows"}
-    assert step.previous(path, facts) == []
+    facts = {"card": "a card", "fingerprint": "f"}
+    assert step.previous(path, facts) == ([], [])
     step.record.save(path, result)
-    assert step.previous(path, facts) == result["rows"]
-    assert step.previous(path, facts | {"fingerprint": "another"}) == []
+    assert step.previous(path, facts) == (result["rows"], result["runs"])
+    assert step.previous(path, facts | {"fingerprint": "another"}) == ([], [])
     assert f"{len(result['rows'])} rows of another fingerprint are dropped" in capsys.readouterr().err
 
 
@@ -148,7 +148,7 @@ def test_run_resumes_and_keeps_what_it_has(step, monkeypatch, tmp_path, capsys):
     assert step.main() == 0
     assert measured == [(s, "train", b) for s in ("unet_fast", "torch amp eager") for b in (8, 1)]
     measured.clear()
-    monkeypatch.setattr(sys, "argv", [*command, *systems, "keras tf32 xla", "--resume", "--table"])
+    monkeypatch.setattr(sys, "argv", [*command, *systems, "keras tf32 xla", "--resume"])
     assert step.main() == 1
     assert measured == [("keras tf32 xla", "train", 8), ("keras tf32 xla", "train", 1)]
     stored = json.loads(path.read_text())
@@ -156,16 +156,24 @@ def test_run_resumes_and_keeps_what_it_has(step, monkeypatch, tmp_path, capsys):
         (s, b) for b in (1, 8) for s in ("unet_fast", "torch amp eager")
     ]
     assert {r["run"] for r in stored["rows"]} == {1} and stored["fingerprint"] == "f"
-    output = capsys.readouterr().out
-    assert "FAILED: no" in output and "| torch amp eager | 8 | 5.00 | 1.00 |" in output
+    assert "FAILED: no" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--systems", "unet_fast", "keras tf32 xla", "--resume"])
+    monkeypatch.setattr(step, "measured", lambda jobs, deadline: ((job, row(*job, ms=5.0)) for job in jobs))
+    assert step.main() == 0
+    stored = json.loads(path.read_text())
+    assert len(stored["rows"]) == 6 and len(stored["runs"]) == 2
+    assert {r["run"] for r in stored["rows"] if r["system"] == "keras tf32 xla"} == {2}
 
 
-def test_table_and_plot(step, result, tmp_path):
-    import step_report
-
-    table = step_report.markdown(result)
+def test_table_and_plot(step, result, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.json"
+    step.record.save(path, result)
+    command = ["step.py", "--json", str(path), "--table", "--plot", str(tmp_path / "plot.png")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert step.main() == 0
+    table = capsys.readouterr().out
+    assert table.startswith("a card; driver 1.0, keras 3; one run\n")
     assert "| torch amp compile | 8 | 96.00 | 1.20 |" in table and table.count("\n| ") == 50
-    step_report.plot(result, tmp_path / "plot.png")
     height, width, _ = matplotlib.image.imread(tmp_path / "plot.png").shape
     assert width > height > 500
 
