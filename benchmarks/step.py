@@ -22,6 +22,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,27 @@ class OutOfTime(Exception):
     """The time that was given is over."""
 
 
+def headline(error):
+    r"""An exception as one line; of one that TensorFlow or Keras wrapped in a trace, what it is about.
+
+    >>> headline(ValueError("expected a GPU\nand more"))
+    'ValueError: expected a GPU'
+    >>> headline(ValueError('in user code:\n\n  File "a.py", line 1\n    f(x)\n  too large\n\n  Arguments received by f:\n'))
+    'ValueError: too large'
+    """
+    first, *rest = str(error).splitlines() or [""]
+    if first.endswith(":"):
+        entry = re.compile(r"File .*|Detected at node.*|Hint:.*|\[.*|\^.*|")  # of a trace, or a remark, or nothing
+        is_code = False
+        for line in (re.sub(r"\x1b\[\d*m", "", line).strip() for line in rest):
+            if line.startswith("Arguments received"):
+                break
+            if not is_code and not entry.fullmatch(line):
+                first = line
+            is_code = line.startswith("File ")
+    return f"{type(error).__name__}: {first.removeprefix(f'{type(error).__name__}: ')}"
+
+
 def worker(name, phase, batch):
     """Times one system in this process, taking each of its steps when told to by a line on standard input."""
 
@@ -73,8 +95,7 @@ def worker(name, phase, batch):
         print(f"{MARK}row {json.dumps(timing.measure(system, batch, lambda: turn('warm')))}", flush=True)
     except Exception as error:
         traceback.print_exc()
-        lines = "".join(traceback.format_exception_only(error)).splitlines()
-        print(f"{MARK}failed {lines[0]}", flush=True)
+        print(f"{MARK}failed {headline(error)}", flush=True)
         return 1
     return 0
 
