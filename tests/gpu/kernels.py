@@ -49,6 +49,10 @@ def tuning(**fields):
     return _native.tuning(native, **fields)
 
 
+def engine_tiles():
+    return _native.tiles(native)
+
+
 def conv2d_problem(x, kernel, skip=None, *, same=False, relu=True, pool=False, input_is_relu=False):
     p = native.Conv2DProblem()
     p.dtype = _NAMES[x.dtype]
@@ -94,7 +98,7 @@ def conv2d_bias_relu_grad(dy, y, x, kernel, skip=None, dpooled=None, *, dx=True,
     return [out.checked() if out else None for out in outputs]
 
 
-def _transpose_problem(x, kernel, relu):
+def transpose_problem(x, kernel, relu):
     p = native.Conv2DTransposeProblem()
     p.dtype = _NAMES[x.dtype]
     p.batch, p.height, p.width, p.channels = x.shape
@@ -103,7 +107,7 @@ def _transpose_problem(x, kernel, relu):
 
 
 def conv2d_transpose_bias_relu(x, kernel, bias, *, relu=True, choices=None):
-    p = _transpose_problem(x, kernel, relu)
+    p = transpose_problem(x, kernel, relu)
     y = Output((p.batch, 2 * p.height, 2 * p.width, p.filters), x.dtype)
     workspace = _workspace(native.conv2d_transpose_bias_relu_workspace_bytes(p))
     native.conv2d_transpose_bias_relu(
@@ -115,7 +119,7 @@ def conv2d_transpose_bias_relu(x, kernel, bias, *, relu=True, choices=None):
 
 def conv2d_transpose_bias_relu_grad(dy, y, x, kernel, *, relu=True, dx=True, dy_is_masked=False, choices=None):
     """[dx, dkernel, dbias]."""
-    p = _transpose_problem(x, kernel, relu)
+    p = transpose_problem(x, kernel, relu)
     choices = choices or tuning()
     outputs = [Output(x.shape, x.dtype) if dx else None, Output(kernel.shape, x.dtype), Output(dy.shape[3:], x.dtype)]
     workspace = _workspace(native.conv2d_transpose_bias_relu_grad_workspace_bytes(p, choices))
@@ -139,7 +143,7 @@ def max_pool2d_grad(x, dy):
     return dx.checked()
 
 
-def _loss_problem(labels, logits, flags):
+def loss_problem(labels, logits, flags):
     p = native.DiceCrossEntropyProblem()
     p.dtype, p.label_type = _NAMES[logits.dtype], _NAMES[labels.dtype]
     p.batch, p.classes = logits.shape[0], logits.shape[-1]
@@ -153,7 +157,7 @@ def _loss_problem(labels, logits, flags):
 
 def dice_cross_entropy(labels, logits, class_weights, **flags):
     """loss [N], sums [N, 3, classes], ce [N, 2]."""
-    p = _loss_problem(labels, logits, flags)
+    p = loss_problem(labels, logits, flags)
     shapes = [(p.batch,), (p.batch, 3, p.classes), (p.batch, 2)]
     outputs = [Output(shape, torch.float32) for shape in shapes]
     workspace = _workspace(native.dice_cross_entropy_workspace_bytes(p))
@@ -167,7 +171,7 @@ def dice_cross_entropy(labels, logits, class_weights, **flags):
 def dice_cross_entropy_grad(dloss, labels, logits, class_weights, sums, ce, **flags):
     dlogits = Output(logits.shape, logits.dtype)
     native.dice_cross_entropy_grad(
-        _stream(), _loss_problem(labels, logits, flags), _address(dloss), _address(labels), _address(logits),
+        _stream(), loss_problem(labels, logits, flags), _address(dloss), _address(labels), _address(logits),
         _address(class_weights), _address(sums), _address(ce), _address(dlogits.tensor),
     )  # fmt: skip
     return dlogits.checked()
