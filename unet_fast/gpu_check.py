@@ -1,20 +1,28 @@
-"""Runs tests/gpu on this machine's GPU and records the outcome: `python -m unet_fast.gpu_check`.
+"""Runs tests/gpu on this machine's GPU and records the outcome: `python -m unet_fast.gpu_check [--sanitize]`.
 
 Builds nothing. Writes tests/gpu/report.json in the source folder: the card, its driver, the fingerprint of the native
-sources that the tested library was built from, and every test with its outcome and its seconds.
+sources that the tested library was built from, and every test with its outcome and its seconds. With --sanitize the tools
+of compute-sanitizer also go over one small pass of every kernel; else what they said of the same sources stays.
 """
 
+import argparse
+import ast
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests" / "gpu"
 REPORT = TESTS / "report.json"
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+_SANITIZER_SECONDS = 600  # that a tool may take
 
 
 def run_file(path):
@@ -26,31 +34,135 @@ def run_file(path):
         path: pathlib.Path of the file.
 
     Returns:
-        dict from a test's name to its `outcome` (passed, failed, skipped) and `seconds`; a file that does not even run
-        counts as one failed test.
+        dict from a test's name to its `outcome` (passed, failed, skipped) and `seconds`, and the `reason` why it was
+        skipped; a file that does not even run counts as one failed test.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
         options = ["-q", "-p", "no:cacheprovider", "--noconftest", f"--junitxml={results}"]
-        search = [str(ROOT), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-        # cuDNN's choice by trial takes a second a shape, and here no stock op's speed matters.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search), "TF_CUDNN_USE_AUTOTUNE": "0"}
-        subprocess.run([sys.executable, "-m", "pytest", str(path), *options], cwd=ROOT, env=environment, check=False)
+        subprocess.run([sys.executable, "-m", "pytest", str(path), *options], cwd=ROOT, env=_environment(), check=False)
         cases = xml.etree.ElementTree.parse(results).iter("testcase") if results.exists() else ()
         tests = {}
         for case in cases:
             kinds = {child.tag for child in case}
             outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-            tests[f"{path.name}::{case.get('name')}"] = {"outcome": outcome, "seconds": float(case.get("time"))}
+            test = {"outcome": outcome, "seconds": float(case.get("time"))}
+            if outcome == "skipped":
+                test["reason"] = _reason(case.find("skipped"))
+            tests[f"{path.name}::{case.get('name')}"] = test
     return tests or {f"{path.name}": {"outcome": "failed", "seconds": 0.0}}
 
 
-def main():
-    """Run the tests and write the report.
+def _reason(skipped):
+    """Why a test was skipped, from its element in the results."""
+    if skipped.get("message") != "collection skipped":
+        return skipped.get("message")
+    # A whole file: the reason is in the text, at the end of what Python shows of (path, line, "Skipped: reason").
+    return ast.literal_eval(skipped.text)[-1].removeprefix("Skipped: ")
+
+
+def _environment():
+    """Variables for a process that runs what is in tests/gpu."""
+    search = [str(ROOT), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    # cuDNN's choice by trial takes a second a shape, and here no stock op's speed matters.
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(search), "TF_CUDNN_USE_AUTOTUNE": "0"}
+
+
+def find_sanitizer():
+    """Path of compute-sanitizer, from PATH or a CUDA toolkit in CUDA_HOME or /usr/local/cuda; None without one."""
+    folders = [
+        os.environ.get("PATH", ""),
+        *(f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda")),
+    ]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+
+
+def count_errors(output):
+    """How many errors a tool of compute-sanitizer found, hazards of any severity included.
+
+    Args:
+        output: all that it printed.
 
     Returns:
-        exit status: 0; 1 if a test failed; 2 where there is no source folder or no GPU, in one line.
+        int, or None where there is no summary: the tool did not get to its end.
+
+    >>> from unet_fast.gpu_check import count_errors
+    >>> count_errors("========= ERROR SUMMARY: 3 errors")
+    3
+    >>> count_errors("========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)")
+    2
     """
+    found = re.findall(
+        r"^=+ (?:ERROR SUMMARY: (\d+) errors?\s*$|RACECHECK SUMMARY: (\d+) hazard)", output, re.MULTILINE
+    )
+    return sum(int(errors or hazards) for errors, hazards in found) if found else None
+
+
+def sanitize(sanitizer, command):
+    """Run a command under every tool of compute-sanitizer.
+
+    Args:
+        sanitizer: path of compute-sanitizer.
+        command: list, the program and its arguments.
+
+    Returns:
+        dict from a tool's name to its `outcome` (passed, failed), number of `errors` (None if it did not get to its end)
+        and `seconds`. It has failed where it found an error, and where the command itself did.
+    """
+    results = {}
+    for tool in SANITIZER_TOOLS:
+        start = time.monotonic()
+        try:
+            done = subprocess.run(
+                [sanitizer, "--tool", tool, *command],
+                cwd=ROOT,
+                env=_environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=_SANITIZER_SECONDS,
+                check=False,
+            )
+            status, output = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as error:
+            status, output = None, (error.output or b"").decode(errors="replace") + "\nran out of time"
+        errors = count_errors(output)
+        outcome = "passed" if status == 0 and errors == 0 else "failed"
+        seconds = round(time.monotonic() - start, 1)
+        results[tool] = {"outcome": outcome, "errors": errors, "seconds": seconds}
+        print(f"{tool}: {outcome}, {errors} errors, {seconds} s", flush=True)
+        if outcome == "failed":
+            print(output[-8000:], file=sys.stderr)
+    return results
+
+
+def previous_sanitizer(path, fingerprint):
+    """What an earlier report says of the sanitizer, if it is of the same sources; else None.
+
+    Args:
+        path: pathlib.Path of the report; it need not exist.
+        fingerprint: of the sources that the library at hand was built from.
+    """
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text())
+    return report.get("sanitizer") if report.get("fingerprint") == fingerprint else None
+
+
+def main(arguments=None):
+    """Run the tests and write the report.
+
+    Args:
+        arguments: list of command-line arguments, None for those of the process.
+
+    Returns:
+        exit status: 0; 1 if a test or a tool of the sanitizer failed; 2 where there is no source folder, no GPU, or no
+        compute-sanitizer that was asked for, in one line.
+    """
+    parser = argparse.ArgumentParser(prog="python -m unet_fast.gpu_check", description="Tests the kernels on the GPU.")
+    parser.add_argument("--sanitize", action="store_true", help="also run compute-sanitizer's tools; takes minutes")
+    asked = parser.parse_args(arguments)
     if not TESTS.is_dir():
         print(
             f"unet_fast.gpu_check: expected a source folder with tests/gpu, got {ROOT}; run it there", file=sys.stderr
@@ -62,6 +174,13 @@ def main():
     devices, missing = _native.gpu_devices()
     if not devices:
         print(f"unet_fast.gpu_check: expected a GPU, got none ({missing}); see `unet-fast info`", file=sys.stderr)
+        return 2
+    sanitizer = find_sanitizer() if asked.sanitize else None
+    if asked.sanitize and sanitizer is None:
+        print(
+            "unet_fast.gpu_check: expected compute-sanitizer in PATH or a CUDA toolkit, found none; set CUDA_HOME",
+            file=sys.stderr,
+        )
         return 2
     tests = {}
     for path in sorted(TESTS.glob("test_*.py")):
@@ -81,13 +200,20 @@ def main():
         "skipped": outcomes.count("skipped"),
         "tests": tests,
     }
+    if sanitizer:
+        found = sanitize(sanitizer, [sys.executable, str(TESTS / "small_pass.py")])
+    else:
+        found = previous_sanitizer(REPORT, _native.fingerprint)
+    if found:
+        report["sanitizer"] = found
     temporary = REPORT.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, REPORT)
     print(
         f"{REPORT.relative_to(ROOT)}: {report['passed']} passed, {report['failed']} failed, {report['skipped']} skipped"
     )
-    return 1 if report["failed"] else 0
+    sanitized = found.values() if sanitizer else ()
+    return 1 if report["failed"] or any(tool["outcome"] == "failed" for tool in sanitized) else 0
 
 
 if __name__ == "__main__":

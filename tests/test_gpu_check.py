@@ -1,0 +1,145 @@
+"""What gpu_check makes of what it runs; needs no GPU."""
+
+import json
+import stat
+import sys
+import types
+
+import pytest
+
+from unet_fast import _native, gpu_check
+
+CLEAN = """========= COMPUTE-SANITIZER
+64 cases in 2 dtypes: none failed
+========= ERROR SUMMARY: 0 errors
+"""
+INVALID_READ = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 2 bytes
+=========     at ForwardKernel+0x5d0
+=========     Address 0x7f0c62000204 is out of bounds
+=========
+========= ERROR SUMMARY: 1 error
+"""
+RACES = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at Kernel+0x200 and Read access at Kernel+0x2a0 [512 hazards]
+=========
+========= Warning: Race reported between Write access at Kernel+0x300 and Write access at Kernel+0x310 [32 hazards]
+=========
+========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "errors"),
+    [
+        (CLEAN, 0),
+        (INVALID_READ, 1),
+        (INVALID_READ.replace("1 error", "1234 errors"), 1234),
+        (
+            INVALID_READ.replace("1 error", "234 errors") + "========= ERROR SUMMARY: 134 errors were not printed.\n",
+            234,
+        ),
+        (RACES, 2),
+        (RACES.replace("2 hazards displayed (1 error, 1 warning)", "0 hazards displayed (0 errors, 0 warnings)"), 0),
+        (
+            "========= COMPUTE-SANITIZER\n========= Error: Target application terminated before first instrumented API",
+            None,
+        ),
+        ("", None),
+    ],
+)
+def test_errors_are_counted(output, errors):
+    assert gpu_check.count_errors(output) == errors
+
+
+@pytest.fixture
+def sanitizer(tmp_path):
+    """A stand-in: prints what it is told to for a tool, and gives the status of the command."""
+    path = tmp_path / "compute-sanitizer"
+    path.write_text(
+        f"#!{sys.executable}\n"
+        "import subprocess, sys\n"
+        f"output = {{'memcheck': {CLEAN!r}, 'racecheck': {RACES!r}, 'initcheck': {CLEAN!r}, 'synccheck': ''}}\n"
+        "status = subprocess.run(sys.argv[3:]).returncode\n"
+        "print(output[sys.argv[2]])\n"
+        "sys.exit(status)\n"
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_every_tool_is_run_and_recorded(sanitizer, capsys):
+    results = gpu_check.sanitize(sanitizer, [sys.executable, "-c", ""])
+    assert [(tool, r["outcome"], r["errors"]) for tool, r in results.items()] == [
+        ("memcheck", "passed", 0),
+        ("racecheck", "failed", 2),
+        ("initcheck", "passed", 0),
+        ("synccheck", "failed", None),
+    ]
+    assert "Race reported" in capsys.readouterr().err
+
+
+def test_a_pass_that_fails_is_no_clean_one(sanitizer):
+    results = gpu_check.sanitize(sanitizer, [sys.executable, "-c", "raise SystemExit(1)"])
+    assert results["memcheck"]["outcome"] == "failed" and results["memcheck"]["errors"] == 0
+
+
+def test_a_tool_that_hangs_has_failed(sanitizer, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_SANITIZER_SECONDS", 1)
+    monkeypatch.setattr(gpu_check, "SANITIZER_TOOLS", ("memcheck",))
+    results = gpu_check.sanitize(sanitizer, [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert results["memcheck"]["outcome"] == "failed" and results["memcheck"]["errors"] is None
+
+
+def test_only_an_entry_of_the_same_sources_stays(tmp_path):
+    path = tmp_path / "report.json"
+    assert gpu_check.previous_sanitizer(path, "f") is None
+    entry = {"memcheck": {"outcome": "passed", "errors": 0, "seconds": 1.0}}
+    path.write_text(json.dumps({"fingerprint": "f", "sanitizer": entry}))
+    assert gpu_check.previous_sanitizer(path, "f") == entry
+    assert gpu_check.previous_sanitizer(path, "another") is None
+    path.write_text(json.dumps({"fingerprint": "f"}))
+    assert gpu_check.previous_sanitizer(path, "f") is None
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder with two tests for gpu_check to run, and a GPU that is not there."""
+    tests = tmp_path / "tests" / "gpu"
+    tests.mkdir(parents=True)
+    (tests / "test_something.py").write_text(
+        "import pytest\ndef test_passes(): pass\ndef test_skipped(): pytest.skip('no second GPU')\n"
+    )
+    (tests / "test_peer.py").write_text("import pytest\npytest.importorskip('not_a_module_at_all')\n")
+    (tests / "small_pass.py").write_text("")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "TESTS", tests)
+    monkeypatch.setattr(gpu_check, "REPORT", tests / "report.json")
+    devices = [{"name": "a card", "compute_capability": 90, "memory_bytes": 1}]
+    fake = {name: getattr(_native, name) for name in dir(_native) if not name.startswith("__")}
+    fake |= {"gpu_devices": lambda: (devices, ""), "cuda_driver_version": lambda: 13000, "fingerprint": "f"}
+    import unet_fast
+
+    monkeypatch.setattr(unet_fast, "_native", types.SimpleNamespace(**fake))
+    return tests
+
+
+def test_the_report_says_what_was_skipped_and_why(checkout):
+    assert gpu_check.main([]) == 0
+    report = json.loads((checkout / "report.json").read_text())
+    assert (report["card"], report["passed"], report["failed"], report["skipped"]) == ("a card", 1, 0, 2)
+    reasons = sorted(test["reason"] for test in report["tests"].values() if test["outcome"] == "skipped")
+    assert reasons == ["could not import 'not_a_module_at_all': No module named 'not_a_module_at_all'", "no second GPU"]
+    assert "sanitizer" not in report
+
+
+def test_the_sanitizer_is_recorded_and_kept(checkout, sanitizer, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: sanitizer)
+    assert gpu_check.main(["--sanitize"]) == 1  # the stand-in finds races
+    entry = json.loads((checkout / "report.json").read_text())["sanitizer"]
+    assert list(entry) == list(gpu_check.SANITIZER_TOOLS) and entry["racecheck"]["errors"] == 2
+    assert gpu_check.main([]) == 0
+    assert json.loads((checkout / "report.json").read_text())["sanitizer"] == entry
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
+    assert gpu_check.main(["--sanitize"]) == 2
+    assert "expected compute-sanitizer" in capsys.readouterr().err
