@@ -83,6 +83,7 @@ class Layer:
         self.pooled = random(batch, half, half, filters, dtype=dtype) if pooled else None
         self.dx, self.dskip = self.x.clone(), self.skip.clone() if skip else None
         self.problem = kernels.conv2d_problem(self.x, self.kernel, self.skip, pool=pooled, input_is_relu=True)
+        self.problem.dy_is_masked = not pooled
         self.flops = 2 * 9 * (channels + skip) * self.y.numel()
 
     def addresses(self, *names):
@@ -100,7 +101,7 @@ class Layer:
         names = ["dy", "pooled", "y", "x", "skip", "kernel", "dx", "dskip", "dkernel", "dbias"]
         kernels.native.conv2d_bias_relu_grad(
             torch.cuda.current_stream().cuda_stream, self.problem, *self.addresses(*names), space.data_ptr(),
-            self.pooled is None, choices,
+            choices,
         )  # fmt: skip
 
     def cudnn_ms(self):
@@ -161,7 +162,7 @@ def row(name, layer, sums):
 def sweep(layer):
     """Prints the times of a layer on every tile."""
     times = {"fprop": [], "dgrad": [], "wgrad": []}
-    for tile in range(kernels.native.gemm_tiles):
+    for tile in range(kernels.native.engines["sm90"][0]):
         choices = kernels.tuning(gemm=tile)
         times["fprop"].append(kernel_ms(lambda c=choices: layer.forward(c), 3)["ImplicitGemm"])
         times["dgrad"].append(kernel_ms(lambda c=choices: layer.backward(c), 3)["ImplicitGemm"])
