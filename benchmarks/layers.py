@@ -149,6 +149,8 @@ class Convolution(Layer):
         flags = {"relu": relu, "input_is_relu": not first}
         self.problem = conv2d_problem(self.x, self.kernel, self.skip, pool=pooled, **flags)
         self.unpooled = conv2d_problem(self.x, self.kernel, self.skip, **flags)
+        # In the network a consumer has masked dy, unless a pool stands between.
+        self.problem.dy_is_masked, self.unpooled.dy_is_masked = not pooled, True
         self.name = f"{side} {channels + skip}>{filters}"
         self.flops = 2 * kernel_size**2 * (channels + skip) * self.y.numel()
 
@@ -159,7 +161,6 @@ class Convolution(Layer):
         )  # fmt: skip
 
     def backward(self, choices, *, dx, fused):
-        # In the network a consumer has masked dy, unless a pool stands between.
         problem = self.problem if fused else self.unpooled
         names = ["dy", "pooled", "y", "x", "skip", "kernel", "dx", "dskip", "dkernel", "dbias"]
         addresses = dict(zip(names, self.addresses(*names), strict=True))
@@ -169,8 +170,7 @@ class Convolution(Layer):
             addresses["dx"] = addresses["dskip"] = 0
         space = self.workspace(native.conv2d_bias_relu_grad_workspace_bytes(problem, choices))
         native.conv2d_bias_relu_grad(
-            torch.cuda.current_stream().cuda_stream, problem, *addresses.values(), space,
-            not fused or self.pooled is None, choices,
+            torch.cuda.current_stream().cuda_stream, problem, *addresses.values(), space, choices
         )  # fmt: skip
 
     def cudnn(self):
@@ -199,6 +199,8 @@ class Transposed(Layer):
         self.dy, self.dx = torch.randn_like(self.y), self.x.clone()
         self.dkernel, self.dbias = self.kernel.clone(), self.bias.clone()
         self.problem = transpose_problem(self.x, self.kernel, relu=True)
+        # In the network a convolution consumes y, and has masked dy.
+        self.problem.dy_is_masked = self.problem.input_is_relu = True
         self.name = f"{side} {channels}>{filters} up"
         self.flops = 2 * 9 * channels * filters * batch * side * side
 
@@ -210,10 +212,9 @@ class Transposed(Layer):
     def backward(self, choices, *, dx, fused):
         space = self.workspace(native.conv2d_transpose_bias_relu_grad_workspace_bytes(self.problem, choices))
         dy, y, x, kernel, dx_, dkernel, dbias = self.addresses("dy", "y", "x", "kernel", "dx", "dkernel", "dbias")
-        # A convolution consumes y in the network, and has masked dy.
         native.conv2d_transpose_bias_relu_grad(
             torch.cuda.current_stream().cuda_stream, self.problem, dy, y, x, kernel, dx_ if dx else 0, dkernel, dbias,
-            space, True, choices,
+            space, choices,
         )  # fmt: skip
 
     def cudnn(self):

@@ -222,3 +222,32 @@ def test_second_order_gradient_is_refused_in_one_line():
         gradient = inner.gradient(y, kernel)
     with pytest.raises(tf.errors.UnimplementedError, match="a gradient of a gradient is not available"):
         outer.gradient(gradient, kernel)
+
+
+def _gradient_ops(function, *inputs):
+    """Attributes of the gradient ops in a function's graph, by the op's type, in the order of the forward pass."""
+    graph = tf.function(function).get_concrete_function(*inputs).graph
+    return [op for op in reversed(graph.get_operations()) if op.type.endswith("BiasReluGrad")]
+
+
+def test_a_gradient_that_its_consumers_have_masked_is_not_masked_again():
+    x, k1, k2, k3 = normal(1, 1, 12, 12, 8), normal(2, 3, 3, 8, 8), normal(3, 3, 3, 8, 8), normal(4, 2, 2, 8, 8)
+    inputs = [tf.constant(array) for array in (x, k1, k2, k3)]
+    zeros = tf.zeros(8)
+
+    def gradients(x, k1, k2, k3, masks=True, elsewhere=False):
+        with tf.GradientTape() as tape:
+            tape.watch((x, k1, k2, k3))
+            a = ops.conv2d_bias_relu(x, k1, zeros)
+            b = ops.conv2d_bias_relu(a, k2, zeros, input_is_relu=masks)
+            c = ops.conv2d_transpose_bias_relu(b, k3, zeros)
+            total = tf.reduce_sum(c * c) + (tf.reduce_sum(a) if elsewhere else 0.0)
+        return tape.gradient(total, (x, k1, k2, k3))
+
+    # Of a, b and c: a's consumer masks where it is told to, b's by itself, c's is no convolution.
+    for options, expected in [({}, [True, True, False]), ({"masks": False}, [False, True, False]),
+                              ({"elsewhere": True}, [False, True, False])]:  # fmt: skip
+        run = functools.partial(gradients, **options)
+        assert [op.get_attr("dy_is_masked") for op in _gradient_ops(run, *inputs)] == expected
+        for value, eager in zip(tf.function(run)(*inputs), run(*inputs), strict=True):
+            np.testing.assert_allclose(value, eager, rtol=1e-5, atol=1e-5 * np.abs(eager).max())

@@ -198,6 +198,36 @@ def dice_cross_entropy(
     return loss
 
 
+def _relu_output(tensor):
+    """Whether a tensor of a graph is what a fused convolution's ReLU gave out."""
+    producer = getattr(tensor, "op", None) if tf.is_symbolic_tensor(tensor) else None
+    kinds = ("UnetFastConv2DBiasRelu", "UnetFastConv2DTransposeBiasRelu")
+    return producer is not None and producer.type in kinds and producer.get_attr("activation") == b"relu"
+
+
+def _arrives_masked(dy, y):
+    """Whether, by the graph that computes it, the gradient dy of y is zero wherever y is: its consumers masked it.
+
+    Eagerly, and where a function's boundary hides it, the answer is no, which costs a pass and is always right.
+    """
+    if not tf.is_symbolic_tensor(dy):
+        return False
+    producer = dy.op
+    if producer.type in ("AddN", "AddV2", "Identity"):
+        return all(_arrives_masked(term, y) for term in producer.inputs)
+    if producer.type == "UnetFastConv2DBiasReluGrad":
+        first = 2 + producer.get_attr("num_pooled")
+        gradients = [0] * producer.get_attr("num_dx") + [1] * producer.get_attr("num_dskip")
+    elif producer.type == "UnetFastConv2DTransposeBiasReluGrad":
+        first, gradients = 2, [0] * producer.get_attr("num_dx")
+    else:
+        return False
+    if not producer.get_attr("input_is_relu") or dy.value_index >= len(gradients):
+        return False
+    masked_by = producer.inputs[first + gradients[dy.value_index]]
+    return masked_by.graph is y.graph and masked_by.name == y.name
+
+
 def _wanted(op, index):
     """Whether anyone asks for the gradient of input `index`; a tape knows, and an image needs none."""
     skipped = getattr(op, "skip_input_indices", None)
@@ -220,6 +250,7 @@ def _conv2d_bias_relu_grad(op, dy, *dpooled):
         padding=op.get_attr("padding"),
         activation=op.get_attr("activation"),
         input_is_relu=op.get_attr("input_is_relu"),
+        dy_is_masked=_arrives_masked(dy, op.outputs[0]),
     )
     gradients = [dx[0] if dx else None]
     if skip:
@@ -237,6 +268,8 @@ def _conv2d_transpose_bias_relu_grad(op, dy):
         kernel=kernel,
         num_dx=int(_wanted(op, 0)),
         activation=op.get_attr("activation"),
+        input_is_relu=_relu_output(x),
+        dy_is_masked=_arrives_masked(dy, op.outputs[0]),
     )
     return [dx[0] if dx else None, dkernel, dbias]
 

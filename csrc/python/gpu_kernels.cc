@@ -71,7 +71,8 @@ void BindGpuKernels(py::module_& m) {
       .def_readwrite("same", &Conv2DProblem::same)
       .def_readwrite("relu", &Conv2DProblem::relu)
       .def_readwrite("pool", &Conv2DProblem::pool)
-      .def_readwrite("input_is_relu", &Conv2DProblem::input_is_relu);
+      .def_readwrite("input_is_relu", &Conv2DProblem::input_is_relu)
+      .def_readwrite("dy_is_masked", &Conv2DProblem::dy_is_masked);
 
   py::class_<Conv2DTransposeProblem>(m, "Conv2DTransposeProblem", "Sizes and flags, see csrc/kernels/conv/problem.h.")
       .def(py::init<>())
@@ -83,7 +84,9 @@ void BindGpuKernels(py::module_& m) {
       .def_readwrite("channels", &Conv2DTransposeProblem::channels)
       .def_readwrite("filters", &Conv2DTransposeProblem::filters)
       .def_readwrite("kernel_size", &Conv2DTransposeProblem::kernel_size)
-      .def_readwrite("relu", &Conv2DTransposeProblem::relu);
+      .def_readwrite("relu", &Conv2DTransposeProblem::relu)
+      .def_readwrite("input_is_relu", &Conv2DTransposeProblem::input_is_relu)
+      .def_readwrite("dy_is_masked", &Conv2DTransposeProblem::dy_is_masked);
 
   py::class_<DiceCrossEntropyProblem>(m, "DiceCrossEntropyProblem",
                                       "Sizes and flags, see csrc/kernels/loss/dice_cross_entropy.h.")
@@ -136,15 +139,15 @@ void BindGpuKernels(py::module_& m) {
       "conv2d_bias_relu_grad",
       [](Address stream, const Conv2DProblem& p, Address dy, Address dpooled, Address y, Address x, Address skip,
          Address kernel, Address dx, Address dskip, Address dkernel, Address dbias, Address workspace,
-         bool dy_is_masked, const gpu::Conv2DTuning& tuning) {
+         const gpu::Conv2DTuning& tuning) {
         Check(gpu::Conv2DBiasReluGrad(Pointer(stream), p,
                                       {Pointer(dy), Pointer(dpooled), Pointer(y), Pointer(x), Pointer(skip),
                                        Pointer(kernel), Pointer(dx), Pointer(dskip), Pointer(dkernel), Pointer(dbias)},
-                                      Pointer(workspace), dy_is_masked, tuning));
+                                      Pointer(workspace), tuning));
       },
       py::arg("stream"), py::arg("problem"), py::arg("dy"), py::arg("dpooled"), py::arg("y"), py::arg("x"),
       py::arg("skip"), py::arg("kernel"), py::arg("dx"), py::arg("dskip"), py::arg("dkernel"), py::arg("dbias"),
-      py::arg("workspace"), py::arg("dy_is_masked"), py::arg("tuning"));
+      py::arg("workspace"), py::arg("tuning"));
   m.def("conv2d_bias_relu_grad_workspace_bytes", &gpu::Conv2DBiasReluGradWorkspaceBytes, py::arg("problem"),
         py::arg("tuning"));
 
@@ -162,15 +165,14 @@ void BindGpuKernels(py::module_& m) {
   m.def(
       "conv2d_transpose_bias_relu_grad",
       [](Address stream, const Conv2DTransposeProblem& p, Address dy, Address y, Address x, Address kernel, Address dx,
-         Address dkernel, Address dbias, Address workspace, bool dy_is_masked, const gpu::Conv2DTuning& tuning) {
+         Address dkernel, Address dbias, Address workspace, const gpu::Conv2DTuning& tuning) {
         Check(gpu::Conv2DTransposeBiasReluGrad(
             Pointer(stream), p,
             {Pointer(dy), Pointer(y), Pointer(x), Pointer(kernel), Pointer(dx), Pointer(dkernel), Pointer(dbias)},
-            Pointer(workspace), dy_is_masked, tuning));
+            Pointer(workspace), tuning));
       },
       py::arg("stream"), py::arg("problem"), py::arg("dy"), py::arg("y"), py::arg("x"), py::arg("kernel"),
-      py::arg("dx"), py::arg("dkernel"), py::arg("dbias"), py::arg("workspace"), py::arg("dy_is_masked"),
-      py::arg("tuning"));
+      py::arg("dx"), py::arg("dkernel"), py::arg("dbias"), py::arg("workspace"), py::arg("tuning"));
   m.def("conv2d_transpose_bias_relu_grad_workspace_bytes", &gpu::Conv2DTransposeBiasReluGradWorkspaceBytes,
         py::arg("problem"), py::arg("tuning"));
 

@@ -148,6 +148,7 @@ class Grad : public Base {
  public:
   explicit Grad(OpKernelConstruction* c) : Base(c) {
     OP_REQUIRES_OK(c, c->GetAttr("input_is_relu", &flags_.input_is_relu));
+    OP_REQUIRES_OK(c, c->GetAttr("dy_is_masked", &flags_.dy_is_masked));
     OP_REQUIRES_OK(c, c->GetAttr("num_dx", &num_dx_));
     OP_REQUIRES_OK(c, c->GetAttr("num_dskip", &num_dskip_));
   }
@@ -222,6 +223,7 @@ REGISTER_OP("UnetFastConv2DBiasReluGrad")
     .Attr("padding: {'valid', 'same'} = 'valid'")
     .Attr("activation: {'relu', 'linear'} = 'relu'")
     .Attr("input_is_relu: bool = false")
+    .Attr("dy_is_masked: bool = false")
     .SetShapeFn(GradShape);
 
 UNET_FAST_REGISTER_KERNELS("UnetFastConv2DBiasRelu", Forward);

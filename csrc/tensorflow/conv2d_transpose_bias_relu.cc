@@ -96,11 +96,16 @@ class Forward : public Base {
 template <bool kGpu>
 class Grad : public Base {
  public:
-  explicit Grad(OpKernelConstruction* c) : Base(c) { OP_REQUIRES_OK(c, c->GetAttr("num_dx", &num_dx_)); }
+  explicit Grad(OpKernelConstruction* c) : Base(c) {
+    OP_REQUIRES_OK(c, c->GetAttr("num_dx", &num_dx_));
+    OP_REQUIRES_OK(c, c->GetAttr("input_is_relu", &input_is_relu_));
+    OP_REQUIRES_OK(c, c->GetAttr("dy_is_masked", &dy_is_masked_));
+  }
   void Compute(OpKernelContext* c) override {
     const Tensor &dy = c->input(0), &y = c->input(1), &x = c->input(2), &kernel = c->input(3);
     Conv2DTransposeProblem p;
     OP_REQUIRES_OK(c, Problem(x, kernel, &p));
+    p.input_is_relu = input_is_relu_, p.dy_is_masked = dy_is_masked_;
     const char* op = "conv2d_transpose_bias_relu gradient";
     OP_REQUIRES_OK(c, Invalid(op, CheckDims("dy", ToDims(dy.shape()), p.y_dims())));
     OP_REQUIRES_OK(c, Invalid(op, CheckDims("y", ToDims(y.shape()), p.y_dims())));
@@ -126,6 +131,7 @@ class Grad : public Base {
 
  private:
   int num_dx_ = 0;
+  bool input_is_relu_ = false, dy_is_masked_ = false;
 };
 
 REGISTER_OP("UnetFastConv2DTransposeBiasRelu")
@@ -148,6 +154,8 @@ REGISTER_OP("UnetFastConv2DTransposeBiasReluGrad")
     .Attr("T: {float, half, bfloat16}")
     .Attr("num_dx: int >= 0 = 1")
     .Attr("activation: {'relu', 'linear'} = 'relu'")
+    .Attr("input_is_relu: bool = false")
+    .Attr("dy_is_masked: bool = false")
     .SetShapeFn(GradShape);
 
 UNET_FAST_REGISTER_KERNELS("UnetFastConv2DTransposeBiasRelu", Forward);

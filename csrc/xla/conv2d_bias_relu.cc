@@ -69,6 +69,7 @@ class Grad : public Base {
   explicit Grad(tensorflow::OpKernelConstruction* c) : Base(c) {
     OP_REQUIRES_OK(c, c->GetAttr("num_dx", &num_dx_));
     OP_REQUIRES_OK(c, c->GetAttr("num_dskip", &num_dskip_));
+    OP_REQUIRES_OK(c, c->GetAttr("dy_is_masked", &flags_.dy_is_masked));
   }
   void Compile(tensorflow::XlaOpKernelContext* c) override {
     Conv2DProblem p;
@@ -86,7 +87,8 @@ class Grad : public Base {
 #ifdef UNET_FAST_CUDA
     if (for_gpu_) results.push_back(Workspace(gpu::Conv2DBiasReluGradWorkspaceBytes(p)));
 #endif
-    EmitCustomCall(c, "unet_fast_conv2d_bias_relu_grad", Flags().Int("num_dx", num_dx_).Int("num_dskip", num_dskip_),
+    EmitCustomCall(c, "unet_fast_conv2d_bias_relu_grad",
+                   Flags().Int("num_dx", num_dx_).Int("num_dskip", num_dskip_).Int("dy_is_masked", flags_.dy_is_masked),
                    results);
   }
 

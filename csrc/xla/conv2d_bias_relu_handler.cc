@@ -36,14 +36,15 @@ std::string ReadForward(Cursor* at, const Flags& flags, Conv2DProblem* p, Conv2D
   return error;
 }
 
-std::string ReadGrad(Cursor* at, const Flags& flags, int64_t num_dx, int64_t num_dskip, Conv2DProblem* p,
-                     Conv2DGradient* data) {
+std::string ReadGrad(Cursor* at, const Flags& flags, int64_t num_dx, int64_t num_dskip, int64_t dy_is_masked,
+                     Conv2DProblem* p, Conv2DGradient* data) {
   data->dy = at->Arg().untyped_data();
   data->dpooled = flags.num_pooled == 1 ? at->Arg().untyped_data() : nullptr;
   data->y = at->Arg().untyped_data();
   const ffi::AnyBuffer x = at->Arg(), skip = flags.num_skip == 1 ? at->Arg() : x, kernel = at->Arg();
   std::string error;
   *p = Problem(x, flags.num_skip == 1 ? &skip : nullptr, kernel, flags, &error);
+  p->dy_is_masked = dy_is_masked;
   data->x = x.untyped_data(), data->skip = flags.num_skip == 1 ? skip.untyped_data() : nullptr;
   data->kernel = kernel.untyped_data();
   data->dx = num_dx == 1 ? at->Ret() : nullptr, data->dskip = num_dskip == 1 ? at->Ret() : nullptr;
@@ -64,12 +65,13 @@ ffi::Error Forward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Remain
 }
 
 ffi::Error Grad(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t same, int64_t relu,
-                int64_t num_skip, int64_t num_pooled, int64_t input_is_relu, int64_t num_dx, int64_t num_dskip) {
+                int64_t num_skip, int64_t num_pooled, int64_t input_is_relu, int64_t num_dx, int64_t num_dskip,
+                int64_t dy_is_masked) {
   Cursor at(args, rets);
   Conv2DProblem p;
   Conv2DGradient data;
   const Flags flags = {same, relu, num_skip, num_pooled, input_is_relu};
-  const std::string error = ReadGrad(&at, flags, num_dx, num_dskip, &p, &data);
+  const std::string error = ReadGrad(&at, flags, num_dx, num_dskip, dy_is_masked, &p, &data);
   if (!error.empty()) return ToError(kGradOp, error);
   FfiThreadPool pool(threads);
   cpu::Conv2DBiasReluGrad(pool, p, data);
@@ -87,7 +89,7 @@ ffi::Error Grad(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Remaining
       .Attr<int64_t>("num_pooled")        \
       .Attr<int64_t>("input_is_relu")
 #define UNET_FAST_CONV2D_GRAD_BINDING(CONTEXT) \
-  UNET_FAST_CONV2D_BINDING(CONTEXT).Attr<int64_t>("num_dx").Attr<int64_t>("num_dskip")
+  UNET_FAST_CONV2D_BINDING(CONTEXT).Attr<int64_t>("num_dx").Attr<int64_t>("num_dskip").Attr<int64_t>("dy_is_masked")
 XLA_FFI_DEFINE_HANDLER(kForwardHost, Forward, UNET_FAST_CONV2D_BINDING(ffi::ThreadPool));
 XLA_FFI_DEFINE_HANDLER(kGradHost, Grad, UNET_FAST_CONV2D_GRAD_BINDING(ffi::ThreadPool));
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_bias_relu", "Host", kForwardHost);
@@ -105,12 +107,13 @@ ffi::Error ForwardGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets 
 }
 
 ffi::Error GradGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t same, int64_t relu,
-                   int64_t num_skip, int64_t num_pooled, int64_t input_is_relu, int64_t num_dx, int64_t num_dskip) {
+                   int64_t num_skip, int64_t num_pooled, int64_t input_is_relu, int64_t num_dx, int64_t num_dskip,
+                   int64_t dy_is_masked) {
   Cursor at(args, rets);
   Conv2DProblem p;
   Conv2DGradient data;
   const Flags flags = {same, relu, num_skip, num_pooled, input_is_relu};
-  const std::string error = ReadGrad(&at, flags, num_dx, num_dskip, &p, &data);
+  const std::string error = ReadGrad(&at, flags, num_dx, num_dskip, dy_is_masked, &p, &data);
   if (!error.empty()) return ToError(kGradOp, error);
   return GpuError(kGradOp, gpu::Conv2DBiasReluGrad(stream, p, data, at.Ret()));
 }

@@ -46,10 +46,15 @@ class Forward : public Base {
 
 class Grad : public Base {
  public:
-  explicit Grad(tensorflow::OpKernelConstruction* c) : Base(c) { OP_REQUIRES_OK(c, c->GetAttr("num_dx", &num_dx_)); }
+  explicit Grad(tensorflow::OpKernelConstruction* c) : Base(c) {
+    OP_REQUIRES_OK(c, c->GetAttr("num_dx", &num_dx_));
+    OP_REQUIRES_OK(c, c->GetAttr("input_is_relu", &input_is_relu_));
+    OP_REQUIRES_OK(c, c->GetAttr("dy_is_masked", &dy_is_masked_));
+  }
   void Compile(tensorflow::XlaOpKernelContext* c) override {
     Conv2DTransposeProblem p;
     if (!SetProblem(c, 2, &p)) return;
+    p.input_is_relu = input_is_relu_, p.dy_is_masked = dy_is_masked_;
     const char* op = "conv2d_transpose_bias_relu gradient";
     OP_REQUIRES_OK(c, Invalid(op, CheckDims("dy", ToDims(c->InputShape(0)), p.y_dims())));
     OP_REQUIRES_OK(c, Invalid(op, CheckDims("y", ToDims(c->InputShape(1)), p.y_dims())));
@@ -62,11 +67,17 @@ class Grad : public Base {
     if (for_gpu_) results.push_back(Workspace(gpu::Conv2DTransposeBiasReluGradWorkspaceBytes(p)));
 #endif
     EmitCustomCall(c, "unet_fast_conv2d_transpose_bias_relu_grad",
-                   Attributes().Int("relu", relu_).Int("num_dx", num_dx_), results);
+                   Attributes()
+                       .Int("relu", relu_)
+                       .Int("num_dx", num_dx_)
+                       .Int("input_is_relu", input_is_relu_)
+                       .Int("dy_is_masked", dy_is_masked_),
+                   results);
   }
 
  private:
   int num_dx_ = 0;
+  bool input_is_relu_ = false, dy_is_masked_ = false;
 };
 
 UNET_FAST_REGISTER_XLA("UnetFastConv2DTransposeBiasRelu", Forward);

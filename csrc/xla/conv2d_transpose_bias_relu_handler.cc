@@ -28,11 +28,12 @@ std::string ReadForward(Cursor* at, int64_t relu, Conv2DTransposeProblem* p, Con
   return error;
 }
 
-std::string ReadGrad(Cursor* at, int64_t relu, int64_t num_dx, Conv2DTransposeProblem* p,
-                     Conv2DTransposeGradient* data) {
+std::string ReadGrad(Cursor* at, int64_t relu, int64_t num_dx, int64_t input_is_relu, int64_t dy_is_masked,
+                     Conv2DTransposeProblem* p, Conv2DTransposeGradient* data) {
   const ffi::AnyBuffer dy = at->Arg(), y = at->Arg(), x = at->Arg(), kernel = at->Arg();
   std::string error;
   *p = Problem(x, kernel, relu, &error);
+  p->input_is_relu = input_is_relu, p->dy_is_masked = dy_is_masked;
   data->dy = dy.untyped_data(), data->y = y.untyped_data(), data->x = x.untyped_data();
   data->kernel = kernel.untyped_data();
   data->dx = num_dx == 1 ? at->Ret() : nullptr;
@@ -51,12 +52,12 @@ ffi::Error Forward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Remain
   return ffi::Error::Success();
 }
 
-ffi::Error Grad(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t relu,
-                int64_t num_dx) {
+ffi::Error Grad(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t relu, int64_t num_dx,
+                int64_t input_is_relu, int64_t dy_is_masked) {
   Cursor at(args, rets);
   Conv2DTransposeProblem p;
   Conv2DTransposeGradient data;
-  const std::string error = ReadGrad(&at, relu, num_dx, &p, &data);
+  const std::string error = ReadGrad(&at, relu, num_dx, input_is_relu, dy_is_masked, &p, &data);
   if (!error.empty()) return ToError(kGradOp, error);
   FfiThreadPool pool(threads);
   cpu::Conv2DTransposeBiasReluGrad(pool, p, data);
@@ -65,8 +66,13 @@ ffi::Error Grad(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Remaining
 
 #define UNET_FAST_TRANSPOSE_BINDING(CONTEXT) \
   ffi::Ffi::Bind().Ctx<CONTEXT>().RemainingArgs().RemainingRets().Attr<int64_t>("relu")
+#define UNET_FAST_TRANSPOSE_GRAD_BINDING(CONTEXT) \
+  UNET_FAST_TRANSPOSE_BINDING(CONTEXT)            \
+      .Attr<int64_t>("num_dx")                    \
+      .Attr<int64_t>("input_is_relu")             \
+      .Attr<int64_t>("dy_is_masked")
 XLA_FFI_DEFINE_HANDLER(kForwardHost, Forward, UNET_FAST_TRANSPOSE_BINDING(ffi::ThreadPool));
-XLA_FFI_DEFINE_HANDLER(kGradHost, Grad, UNET_FAST_TRANSPOSE_BINDING(ffi::ThreadPool).Attr<int64_t>("num_dx"));
+XLA_FFI_DEFINE_HANDLER(kGradHost, Grad, UNET_FAST_TRANSPOSE_GRAD_BINDING(ffi::ThreadPool));
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_transpose_bias_relu", "Host", kForwardHost);
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_transpose_bias_relu_grad", "Host", kGradHost);
 
@@ -80,17 +86,18 @@ ffi::Error ForwardGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets 
   return GpuError(kOp, gpu::Conv2DTransposeBiasRelu(stream, p, data, at.Ret()));
 }
 
-ffi::Error GradGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t relu, int64_t num_dx) {
+ffi::Error GradGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t relu, int64_t num_dx,
+                   int64_t input_is_relu, int64_t dy_is_masked) {
   Cursor at(args, rets);
   Conv2DTransposeProblem p;
   Conv2DTransposeGradient data;
-  const std::string error = ReadGrad(&at, relu, num_dx, &p, &data);
+  const std::string error = ReadGrad(&at, relu, num_dx, input_is_relu, dy_is_masked, &p, &data);
   if (!error.empty()) return ToError(kGradOp, error);
   return GpuError(kGradOp, gpu::Conv2DTransposeBiasReluGrad(stream, p, data, at.Ret()));
 }
 
 UNET_FAST_DEFINE_GPU_HANDLER(kForwardCuda, ForwardGpu, UNET_FAST_TRANSPOSE_BINDING(FfiStream));
-UNET_FAST_DEFINE_GPU_HANDLER(kGradCuda, GradGpu, UNET_FAST_TRANSPOSE_BINDING(FfiStream).Attr<int64_t>("num_dx"));
+UNET_FAST_DEFINE_GPU_HANDLER(kGradCuda, GradGpu, UNET_FAST_TRANSPOSE_GRAD_BINDING(FfiStream));
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_transpose_bias_relu", "CUDA", kForwardCuda);
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "unet_fast_conv2d_transpose_bias_relu_grad", "CUDA", kGradCuda);
 #endif

@@ -83,6 +83,7 @@ def conv2d_bias_relu_grad(dy, y, x, kernel, skip=None, dpooled=None, *, dx=True,
                           choices=None, **flags):  # fmt: skip
     """[dx, dskip, dkernel, dbias], None where not asked for."""
     p = conv2d_problem(x, kernel, skip, pool=dpooled is not None, **flags)
+    p.dy_is_masked = dy_is_masked
     choices = choices or tuning()
     outputs = [
         Output(x.shape, x.dtype) if dx else None,
@@ -93,7 +94,7 @@ def conv2d_bias_relu_grad(dy, y, x, kernel, skip=None, dpooled=None, *, dx=True,
     workspace = _workspace(native.conv2d_bias_relu_grad_workspace_bytes(p, choices))
     native.conv2d_bias_relu_grad(
         _stream(), p, _address(dy), _address(dpooled), _address(y), _address(x), _address(skip), _address(kernel),
-        *(_address(out.tensor) if out else 0 for out in outputs), _address(workspace), dy_is_masked, choices,
+        *(_address(out.tensor) if out else 0 for out in outputs), _address(workspace), choices,
     )  # fmt: skip
     return [out.checked() if out else None for out in outputs]
 
@@ -117,15 +118,17 @@ def conv2d_transpose_bias_relu(x, kernel, bias, *, relu=True, choices=None):
     return y.checked()
 
 
-def conv2d_transpose_bias_relu_grad(dy, y, x, kernel, *, relu=True, dx=True, dy_is_masked=False, choices=None):
+def conv2d_transpose_bias_relu_grad(dy, y, x, kernel, *, relu=True, dx=True, dy_is_masked=False, input_is_relu=False,
+                                    choices=None):  # fmt: skip
     """[dx, dkernel, dbias]."""
     p = transpose_problem(x, kernel, relu)
+    p.dy_is_masked, p.input_is_relu = dy_is_masked, input_is_relu
     choices = choices or tuning()
     outputs = [Output(x.shape, x.dtype) if dx else None, Output(kernel.shape, x.dtype), Output(dy.shape[3:], x.dtype)]
     workspace = _workspace(native.conv2d_transpose_bias_relu_grad_workspace_bytes(p, choices))
     native.conv2d_transpose_bias_relu_grad(
         _stream(), p, _address(dy), _address(y), _address(x), _address(kernel),
-        *(_address(out.tensor) if out else 0 for out in outputs), _address(workspace), dy_is_masked, choices,
+        *(_address(out.tensor) if out else 0 for out in outputs), _address(workspace), choices,
     )  # fmt: skip
     return [out.checked() if out else None for out in outputs]
 

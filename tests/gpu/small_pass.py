@@ -136,7 +136,7 @@ class Arrays:
 STREAM = 0  # the default one
 
 
-def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, masked=False, **flags):
+def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, **flags):
     """A case: forward pass and gradient of a convolution. `skip` is (height, width, channels); the rest as in problem.h."""
     choices = choices or native.tuning(kernels)
     n, h, w = size
@@ -162,13 +162,13 @@ def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, maske
         dkernel, dbias = arrays.output(*kernel_shape), arrays.output(filters)
         space = arrays.workspace(kernels.conv2d_bias_relu_grad_workspace_bytes(p, choices))
         kernels.conv2d_bias_relu_grad(
-            STREAM, p, dy, dpooled, y, x, s, kernel, dx, dskip, dkernel, dbias, space, masked, choices
+            STREAM, p, dy, dpooled, y, x, s, kernel, dx, dskip, dkernel, dbias, space, choices
         )
 
     return run
 
 
-def conv2d_transpose(kernels, size, channels, filters, k=3, choices=None, masked=False, relu=True):
+def conv2d_transpose(kernels, size, channels, filters, k=3, choices=None, **flags):
     """A case: forward pass and gradient of a transposed convolution."""
     choices = choices or native.tuning(kernels)
     n, h, w = size
@@ -176,7 +176,9 @@ def conv2d_transpose(kernels, size, channels, filters, k=3, choices=None, masked
     def run(arrays):
         p = kernels.Conv2DTransposeProblem()
         p.dtype, p.batch, p.height, p.width, p.channels = arrays.dtype, n, h, w, channels
-        p.kernel_size, p.filters, p.relu = k, filters, relu
+        p.kernel_size, p.filters = k, filters
+        for name, value in flags.items():
+            setattr(p, name, value)
         x, kernel = arrays.values(n, h, w, channels), arrays.values(k, k, filters, channels, scale=channels**-0.5)
         bias, y = arrays.values(filters), arrays.output(n, 2 * h, 2 * w, filters)
         space = arrays.workspace(kernels.conv2d_transpose_bias_relu_workspace_bytes(p))
@@ -184,7 +186,7 @@ def conv2d_transpose(kernels, size, channels, filters, k=3, choices=None, masked
         dy, dx = arrays.values(n, 2 * h, 2 * w, filters), arrays.output(n, h, w, channels)
         dkernel, dbias = arrays.output(k, k, filters, channels), arrays.output(filters)
         space = arrays.workspace(kernels.conv2d_transpose_bias_relu_grad_workspace_bytes(p, choices))
-        kernels.conv2d_transpose_bias_relu_grad(STREAM, p, dy, y, x, kernel, dx, dkernel, dbias, space, masked, choices)
+        kernels.conv2d_transpose_bias_relu_grad(STREAM, p, dy, y, x, kernel, dx, dkernel, dbias, space, choices)
 
     return run
 
@@ -234,9 +236,9 @@ def cases(kernels):
             choices = native.tuning(kernels, engine=engine, splits=1 + 2 * (i % 2), **forced)
             name = f"{engine}, tile {i}"
             both = {"choices": choices, "input_is_relu": True}
-            add(f"{name}, skip", conv2d, (1, 9, 12), 72, 136, skip=(13, 15, 64), same=True, masked=True, **both)
+            add(f"{name}, skip", conv2d, (1, 9, 12), 72, 136, skip=(13, 15, 64), same=True, dy_is_masked=True, **both)
             add(f"{name}, pool", conv2d, (1, 10, 12), 72, 136, pool=True, **both)
-            add(name, conv2d_transpose, (1, 5, 7), 72, 136, choices=choices)
+            add(name, conv2d_transpose, (1, 5, 7), 72, 136, **both)
         # More tiles than any card runs at once.
         choices = native.tuning(kernels, engine=engine)
         add(f"{engine}, larger than the card", conv2d, (1, 282, 282), 8, 8, pool=True, choices=choices)
@@ -255,7 +257,7 @@ def cases(kernels):
     for channels, filters in ((64, 2), (72, 3), (72, 5), (13, 1), (13, 4), (13, 8)):
         add(f"few filters, {channels}>{filters}", conv2d, (2, 30, 31), channels, filters, k=1, input_is_relu=True)
     add("2x2", conv2d_transpose, (2, 5, 6), 64, 40, k=2)
-    add("3x3, dy masked", conv2d_transpose, (2, 5, 6), 64, 40, masked=True)
+    add("3x3, dy masked", conv2d_transpose, (2, 5, 6), 64, 40, dy_is_masked=True, input_is_relu=True)
     add("odd channels", conv2d_transpose, (3, 5, 4), 12, 7)
     add("odd channels, 2x2, no activation", conv2d_transpose, (3, 5, 4), 5, 8, k=2, relu=False)
     add("even", max_pool2d, 2, 8, 10, 64)

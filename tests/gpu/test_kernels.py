@@ -107,15 +107,23 @@ def test_conv2d_bias_relu(dtype, size, channels, skip, filters, k, flags):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("gemm", range(kernels.native.gemm_tiles))
-@pytest.mark.parametrize("wgrad", range(kernels.native.wgrad_tiles))
+@both
 @pytest.mark.parametrize("splits", [1, 3, 1000])
-def test_every_tile_gives_the_result(gemm, wgrad, splits):
-    dtype = torch.float16
-    x, skip = normal(2, 22, 18, 72, dtype=dtype), normal(2, 30, 24, 64, dtype=dtype)
-    kernel = normal(3, 3, 136, 200, dtype=dtype, scale=0.03)
-    choices = kernels.tuning(gemm=gemm, wgrad=wgrad, splits=splits)
-    check_conv2d(x, kernel, normal(200, dtype=dtype), skip, choices, same=True, pool=True, input_is_relu=True)
+@pytest.mark.parametrize(
+    ("engine", "gemm", "wgrad"),
+    [
+        (engine, tile % gemms, tile % wgrads)
+        for engine, (gemms, wgrads) in kernels.native.engines.items()
+        for tile in range(max(gemms, wgrads))
+    ],
+)
+@pytest.mark.parametrize("pool", [False, True])
+def test_every_tile_of_every_engine_gives_the_result(pool, engine, gemm, wgrad, splits, dtype):
+    """With a skip, and without one but with a pool: no tile serves both."""
+    x, kernel = normal(2, 22, 18, 72, dtype=dtype), normal(3, 3, 72 if pool else 136, 200, dtype=dtype, scale=0.03)
+    skip = None if pool else normal(2, 30, 24, 64, dtype=dtype)
+    choices = kernels.tuning(engine=engine, gemm=gemm, wgrad=wgrad, splits=splits)
+    check_conv2d(x, kernel, normal(200, dtype=dtype), skip, choices, same=not pool, pool=pool, input_is_relu=True)
 
 
 @both
@@ -163,11 +171,25 @@ def test_a_masked_dy_needs_no_mask():
     y = normal(2, 10, 12, 64, dtype=dtype).relu()
     dy = torch.where(y > 0, torch.randn_like(y), 0)
     for value, expected in zip(
-        kernels.conv2d_bias_relu_grad(dy, y, x, kernel, dy_is_masked=True),
-        kernels.conv2d_bias_relu_grad(dy, y, x, kernel),
+        kernels.conv2d_bias_relu_grad(dy, y, x, kernel, dy_is_masked=True)[:-1],
+        kernels.conv2d_bias_relu_grad(dy, y, x, kernel)[:-1],
         strict=True,
     ):
         assert value is None or torch.equal(value, expected)
+    # The bias gradient is summed elsewhere, and so in another order.
+    dbias = kernels.conv2d_bias_relu_grad(dy, y, x, kernel, dy_is_masked=True)[-1]
+    assert error(dbias, dy.double().sum((0, 1, 2))) < 1e-3
+
+
+def test_a_transposed_convolution_masks_the_gradient_of_a_relu_and_leaves_a_masked_one():
+    dtype = torch.float16
+    x, kernel = normal(2, 9, 11, 64, dtype=dtype).relu(), normal(3, 3, 32, 64, dtype=dtype)
+    y = kernels.conv2d_transpose_bias_relu(x, kernel, normal(32, dtype=dtype))
+    dy = torch.where(y > 0, torch.randn_like(y), 0)
+    dx, *rest = kernels.conv2d_transpose_bias_relu_grad(dy, y, x, kernel)
+    masked, *others = kernels.conv2d_transpose_bias_relu_grad(dy, y, x, kernel, dy_is_masked=True, input_is_relu=True)
+    assert torch.equal(masked, torch.where(x > 0, dx, 0))
+    assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))
 
 
 def test_ties_go_to_the_first_maximum():
@@ -264,7 +286,7 @@ def test_results_are_the_same_to_the_bit_and_in_a_captured_graph():
         dy, y, x, kernel, skip, dpooled = (a.data_ptr() for a in args)
         kernels.native.conv2d_bias_relu_grad(
             torch.cuda.current_stream().cuda_stream, p, dy, dpooled, y, x, skip, kernel,
-            *(o.data_ptr() for o in out), space.data_ptr(), False, kernels.tuning(),
+            *(o.data_ptr() for o in out), space.data_ptr(), kernels.tuning(),
         )  # fmt: skip
     graph.replay()
     torch.cuda.synchronize()

@@ -79,15 +79,18 @@ WgradArgs Wgrad(const Conv2DProblem& p, const Conv2DGradient& d, const void* dz)
   return w;
 }
 
+// Whether dz is another array than dy.
+bool StoresDz(const Conv2DProblem& p) { return (p.relu && !p.dy_is_masked) || p.pool; }
+
 struct GradWorkspace {
   Workspace layout;
   void* dz = nullptr;
   float *bias_slabs, *slabs;
 
-  GradWorkspace(void* base, const Conv2DProblem& p, bool stores_dz, const Conv2DTuning& tuning) : layout(base) {
+  GradWorkspace(void* base, const Conv2DProblem& p, const Conv2DTuning& tuning) : layout(base) {
     const int64_t pixels = p.batch * p.out_height() * p.out_width();
     const WgradArgs wgrad = Wgrad(p, {}, nullptr);
-    if (stores_dz) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
+    if (StoresDz(p)) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
     bias_slabs = static_cast<float*>(layout.Take(BiasSlabBytes(wgrad, tuning)));
     slabs = static_cast<float*>(layout.Take(HasFewFilters(p)    ? FewFiltersWgradSlabBytes(p)
                                             : HasFewChannels(p) ? FewChannelsWgradSlabBytes(p)
@@ -118,15 +121,15 @@ int Conv2DBiasRelu(void* stream, const Conv2DProblem& p, const Conv2DForward& d,
 }
 
 size_t Conv2DBiasReluGradWorkspaceBytes(const Conv2DProblem& p, const Conv2DTuning& tuning) {
-  return GradWorkspace(nullptr, p, p.relu || p.pool, tuning).layout.bytes();
+  return GradWorkspace(nullptr, p, tuning).layout.bytes();
 }
 
 int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& p, const Conv2DGradient& d, void* workspace,
-                       bool dy_is_masked, const Conv2DTuning& tuning) {
+                       const Conv2DTuning& tuning) {
   if (p.dtype == DType::kFloat32) return cudaErrorNotSupported;
   if (p.batch == 0) return ZeroWeightGradient(stream, d.dkernel, p.kernel_elements(), d.dbias, p.filters);
-  const bool masks = p.relu && !dy_is_masked, stores_dz = masks || p.pool;
-  const GradWorkspace space(workspace, p, stores_dz, tuning);
+  const bool stores_dz = StoresDz(p);
+  const GradWorkspace space(workspace, p, tuning);
   const void* dz = stores_dz ? space.dz : d.dy;
   const bool direct = HasFewFilters(p) || HasFewChannels(p);
   if (stores_dz || direct) {

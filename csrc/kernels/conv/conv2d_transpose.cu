@@ -44,10 +44,9 @@ struct GradWorkspace {
   void* dz = nullptr;
   float *bias_slabs, *slabs;
 
-  GradWorkspace(void* base, const Conv2DTransposeProblem& p, bool stores_dz, const Conv2DTuning& tuning)
-      : layout(base) {
+  GradWorkspace(void* base, const Conv2DTransposeProblem& p, const Conv2DTuning& tuning) : layout(base) {
     const int64_t pixels = 4 * p.batch * p.height * p.width;
-    if (stores_dz) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
+    if (p.relu && !p.dy_is_masked) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
     bias_slabs = static_cast<float*>(layout.Take(MaskSlabBytes(pixels, p.filters)));
     slabs = static_cast<float*>(layout.Take(WgradSlabBytes(Wgrad(p, {}, nullptr), tuning)));
   }
@@ -84,15 +83,15 @@ int Conv2DTransposeBiasRelu(void* stream, const Conv2DTransposeProblem& p, const
 }
 
 size_t Conv2DTransposeBiasReluGradWorkspaceBytes(const Conv2DTransposeProblem& p, const Conv2DTuning& tuning) {
-  return GradWorkspace(nullptr, p, p.relu, tuning).layout.bytes();
+  return GradWorkspace(nullptr, p, tuning).layout.bytes();
 }
 
 int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& p, const Conv2DTransposeGradient& d,
-                                void* workspace, bool dy_is_masked, const Conv2DTuning& tuning) {
+                                void* workspace, const Conv2DTuning& tuning) {
   if (p.dtype == DType::kFloat32) return cudaErrorNotSupported;
   if (p.batch == 0) return ZeroWeightGradient(stream, d.dkernel, p.kernel_elements(), d.dbias, p.filters);
-  const bool masks = p.relu && !dy_is_masked;
-  const GradWorkspace space(workspace, p, masks, tuning);
+  const bool masks = p.relu && !p.dy_is_masked;
+  const GradWorkspace space(workspace, p, tuning);
   const void* dz = masks ? space.dz : d.dy;
   MaskArgs m = {};
   m.dy = d.dy, m.y = d.y, m.batch = p.batch, m.h = 2 * p.height, m.w = 2 * p.width, m.channels = p.filters;
@@ -107,7 +106,7 @@ int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& p, c
     g.batch = p.batch, g.out_h = p.height, g.out_w = p.width, g.n = p.channels;
     g.taps[0] = AllTaps(p);
     const GemmSource x = XSource(p, d.dx);
-    g.result[0] = {d.dx, nullptr, x.image_stride, x.row_stride, x.channels, x.channels};
+    g.result[0] = {d.dx, p.input_is_relu ? d.x : nullptr, x.image_stride, x.row_stride, x.channels, x.channels};
     UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, g, tuning));
   }
   WgradArgs w = Wgrad(p, d, dz);

@@ -31,10 +31,8 @@ int Conv2DBiasRelu(void* stream, const Conv2DProblem& problem, const Conv2DForwa
                    const Conv2DTuning& tuning = {});
 size_t Conv2DBiasReluWorkspaceBytes(const Conv2DProblem& problem);
 
-// `dy_is_masked`: dy is known to be zero wherever y <= 0, as a consumer with input_is_relu leaves it, so the pass that
-// would mask it can be left out.
 int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& problem, const Conv2DGradient& data, void* workspace,
-                       bool dy_is_masked = false, const Conv2DTuning& tuning = {});
+                       const Conv2DTuning& tuning = {});
 size_t Conv2DBiasReluGradWorkspaceBytes(const Conv2DProblem& problem, const Conv2DTuning& tuning = {});
 
 int Conv2DTransposeBiasRelu(void* stream, const Conv2DTransposeProblem& problem, const Conv2DTransposeForward& data,
@@ -42,8 +40,7 @@ int Conv2DTransposeBiasRelu(void* stream, const Conv2DTransposeProblem& problem,
 size_t Conv2DTransposeBiasReluWorkspaceBytes(const Conv2DTransposeProblem& problem);
 
 int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& problem,
-                                const Conv2DTransposeGradient& data, void* workspace, bool dy_is_masked = false,
-                                const Conv2DTuning& tuning = {});
+                                const Conv2DTransposeGradient& data, void* workspace, const Conv2DTuning& tuning = {});
 size_t Conv2DTransposeBiasReluGradWorkspaceBytes(const Conv2DTransposeProblem& problem,
                                                  const Conv2DTuning& tuning = {});
 

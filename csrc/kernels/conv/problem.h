@@ -26,6 +26,7 @@ struct Conv2DProblem {
   bool relu = true;            // activation
   bool pool = false;           // also give the 2x2 max pool of y
   bool input_is_relu = false;  // gradient: x and skip are ReLU outputs, so mask dx and dskip by x > 0 and skip > 0
+  bool dy_is_masked = false;   // gradient: dy is known to be zero wherever y <= 0, so it need not be masked
 
   int64_t pad() const { return same ? kernel_size / 2 : 0; }
   int64_t out_height() const { return height + 2 * pad() - kernel_size + 1; }
@@ -53,6 +54,8 @@ struct Conv2DTransposeProblem {
   int64_t batch = 0, height = 0, width = 0, channels = 0;
   int64_t filters = 0, kernel_size = 3;  // 3 or 2
   bool relu = true;
+  bool input_is_relu = false;  // gradient: mask dx by x > 0
+  bool dy_is_masked = false;   // gradient: dy is known to be zero wherever y <= 0
 
   int64_t kernel_elements() const { return kernel_size * kernel_size * filters * channels; }
   Dims x_dims() const { return {batch, height, width, channels}; }

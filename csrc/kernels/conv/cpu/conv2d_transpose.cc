@@ -109,6 +109,14 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
       a.y =
           View<float>::Contiguous(in_place ? static_cast<float*>(d.dx) + first * in_size : dx_storage.get(), h, w, ci);
       GetPrimitives().eigen_conv(pool, a);
+      if (p.input_is_relu) {
+        ParallelFor(pool, n * h, [&](int64_t row) {
+          std::vector<float> mask(w * ci);
+          GetPrimitives().to_float(At(d.x, p.dtype, first * in_size + row * w * ci), p.dtype, mask.data(), w * ci);
+          float* dx = a.y.data + row * w * ci;
+          for (int64_t i = 0; i < w * ci; ++i) dx[i] = mask[i] > 0.0f ? dx[i] : 0.0f;
+        });
+      }
       if (!in_place) ParallelFromFloat(pool, a.y.data, p.dtype, At(d.dx, p.dtype, first * in_size), n * in_size);
     }
 

@@ -29,6 +29,8 @@ bool Serves(const GemmConfig& c, const GemmArgs& g) {
 }  // namespace
 
 int ChooseGemm(const GemmArgs& g, int forced) {
+  // How fast a multiprocessor full of such tiles is, as measured on an H200; in the order of kGemmConfigs.
+  constexpr double kGemmRate[kGemmConfigCount] = {0.83, 0.78, 0.88, 1.0, 1.0, 0.99, 0.97, 0.975, 0.55};
   const int64_t pixels = static_cast<int64_t>(g.batch) * (g.out_h + 1) * (g.out_w + 4) * g.lists;
   if (!g.vector || g.out_h > 32768 || g.out_w > 32768 || pixels + 4096 >= int64_t{1} << 31) return -1;
   if (forced >= 0 && forced < kGemmConfigCount && Serves(kGemmConfigs[forced], g)) return forced;
@@ -39,7 +41,12 @@ int ChooseGemm(const GemmArgs& g, int forced) {
     if (!Serves(c, g)) continue;
     const int64_t pitch = g.out_w + c.share - 1, rows = g.batch * static_cast<int64_t>(g.out_h) * pitch;
     const int64_t tiles = CeilDiv(rows, 2 * c.warp_m) * CeilDiv(g.n, c.n) * g.lists;
-    const double cost = static_cast<double>(CeilDiv(tiles, kMultiprocessors * c.blocks)) * c.warp_m * c.n * c.blocks;
+    int64_t steps = 0;  // of 64 channels and a tap, of the longest list
+    for (int source = 0; source < g.sources; ++source)
+      steps += CeilDiv(g.source[source].channels, 64) * g.taps[0].count;
+    // Cycles of a tile: products, and an epilogue that only a second block on the multiprocessor would hide.
+    const double tile = static_cast<double>(steps) * c.warp_m * c.n / 16 / kGemmRate[i] + (c.blocks == 1 ? 2500 : 800);
+    const double cost = static_cast<double>(CeilDiv(tiles, kMultiprocessors * c.blocks)) * tile * c.blocks;
     if (best < 0 || cost < best_cost) best = i, best_cost = cost;
   }
   return best;
@@ -47,6 +54,7 @@ int ChooseGemm(const GemmArgs& g, int forced) {
 
 WgradPlan PlanWgrad(const WgradArgs& g, int forced_config, int forced_splits) {
   constexpr int64_t kMaxSplits = 264, kMinSteps = 8;
+  constexpr double kWgradRate[kWgradConfigCount] = {0.86, 1.0, 0.93, 0.9, 0.8};  // as kGemmRate
   int64_t chunks = 0;
   for (int s = 0; s < g.sources; ++s) chunks += CeilDiv(g.source[s].channels, 64);
   WgradPlan plan{-1, 1, 0, 0};
@@ -66,7 +74,7 @@ WgradPlan PlanWgrad(const WgradArgs& g, int forced_config, int forced_splits) {
     for (int64_t splits = forced_splits > 0 ? limit : 1; splits <= limit; ++splits) {
       const int64_t per_split = CeilDiv(steps, splits), waves = CeilDiv(tiles * splits, kMultiprocessors);
       // Cycles of a multiprocessor: products, what a block costs beside them, slabs written and read.
-      const double products = 6.0 * c.rounds * c.n * static_cast<double>(per_split) * (c.share == 3 ? 1.0 : 1.3);
+      const double products = 6.0 * c.rounds * c.n * static_cast<double>(per_split) / kWgradRate[i];
       const double slabs =
           splits == 1 ? 0.0 : static_cast<double>(splits) * g.taps.count * chunks * 64 * g.n * 8 / 1800;
       const double cost = static_cast<double>(waves) * (products + 5000) + slabs;

@@ -74,11 +74,12 @@ __device__ inline Position Locate(const KernelArgs& g, uint32_t m) {
   return {static_cast<int>(image), static_cast<int>(row), static_cast<int>(col)};
 }
 
-// Where a row of the product goes; image -1: nowhere.
+// Where a row of the product goes, in units of 16 bytes: in the first result, and in the second, or of the first row of
+// a pooling window in `pooled`. As numbers of 32 bits they are worked out once a tile and cost the epilogue little.
 struct alignas(8) Place {
-  int image;
-  uint16_t row, col;
+  uint32_t first, second;
 };
+constexpr uint32_t kNowhere = ~0u;
 
 struct TileIndex {
   int list, n;
@@ -177,23 +178,63 @@ __device__ void Stage(const float (&sum)[kTileN / 2], int strip_n, const KernelA
   const int lane = threadIdx.x % 32, row = lane % 16, half = lane / 16;
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
+    Pair<T> bias[2] = {};
+    if (g.bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {  // past the last column any will do
+        bias[i] = static_cast<const Pair<T>*>(g.bias)[min(n + (j + i) * 8, g.n - 8) / 2 + lane % 4];
+      }
+    }
     uint32_t packed[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float2 bias = {0.0f, 0.0f};
-      const int column = n + (j + i) * 8 + lane % 4 * 2;
-      if (g.bias != nullptr && column < g.n) {
-        const Pair<T> pair = *reinterpret_cast<const Pair<T>*>(static_cast<const T*>(g.bias) + column);
-        bias = {ToFloat(pair.x), ToFloat(pair.y)};
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int at = (strip_n * 8 + j + i) * 4 + h * 2;
-        packed[i * 2 + h] = PackPair<T>(sum[at] + bias.x, sum[at + 1] + bias.y, g.relu);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int at = (strip_n * 8 + j + i / 2) * 4 + i % 2 * 2;
+      const Pair<T> add = bias[i / 2];
+      packed[i] = PackPair<T>(sum[at] + ToFloat(add.x), sum[at + 1] + ToFloat(add.y), g.relu);
     }
     ptx::StoreMatrix(strip + row * 128 + (((j + half) ^ (row & 7)) << 4), packed[0], packed[1], packed[2], packed[3]);
   }
+}
+
+// v where mask > 0, else zero; eight elements as bits.
+template <typename T>
+__device__ uint4 MaskedBits(uint4 v, uint4 mask) {
+  const auto keep = [](uint32_t m) { return __hgt2_mask(reinterpret_cast<const Pair<T>&>(m), Pair<T>{}); };
+  return {v.x & keep(mask.x), v.y & keep(mask.y), v.z & keep(mask.z), v.w & keep(mask.w)};
+}
+
+__device__ inline uint32_t Units(const GemmResult& to, const Position& at, int64_t offset) {
+  return static_cast<uint32_t>(
+      (at.image * to.image_stride + at.row * to.row_stride + static_cast<int64_t>(at.col) * to.pixel_stride + offset) /
+      kPack);
+}
+
+// A row's places, and the first touch of what will mask it, which so comes from the second-level cache in the epilogue.
+template <typename S>
+__device__ Place Locate(const KernelArgs& g, const TileIndex& tile, Position at, int group_index) {
+  Place place = {kNowhere, kNowhere};
+  if (S::kPairs) at.row = at.row * 2 + group_index;
+  if (at.image >= g.batch || at.row >= g.out_h || at.col >= g.out_w) return place;
+  place.first = Units(g.result[0], at, g.result_offset[tile.list]);
+  if (S::kPairs) {
+    if (group_index == 0 && at.col % 2 == 0 && at.row + 1 < g.out_h && at.col + 1 < g.out_w) {
+      const int64_t image = static_cast<int64_t>(at.image) * (g.out_h / 2);
+      place.second = static_cast<uint32_t>(((image + at.row / 2) * (g.out_w / 2) + at.col / 2) * g.n / kPack);
+    }
+  } else if (g.split < g.n) {
+    place.second = Units(g.result[1], at, g.result_offset[tile.list]);
+  }
+#pragma unroll
+  for (int s = 0; s < S::kTileN / 64; ++s) {
+    const int n = tile.n + s * 64;
+    const bool second = n >= g.split;
+    const void* mask = g.result[second].mask;
+    if (mask != nullptr && n < g.n) {
+      const uint32_t unit = (second ? place.second : place.first) + (n - (second ? g.split : 0)) / kPack;
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint4*>(mask) + unit));
+    }
+  }
+  return place;
 }
 
 template <typename T, typename S>
@@ -206,17 +247,12 @@ __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared
   Ring<S::kStagesB> b, b_done;
   for (int t = blockIdx.x; t < g.tiles; t += gridDim.x) {
     const TileIndex tile = LocateTile<S>(g, t);
-    {  // Where the rows of this warp go: worked out once, a row a lane.
+    if (lane < kRounds * 16) {  // the rows of this warp, one a lane
       const int row = lane / 16 * 64 + warp * 16 + lane % 16;
-      Position at = Locate(g, tile.m + row + (S::kPairs ? 0 : group_index * S::kWarpM));
-      if (S::kPairs) at.row = at.row * 2 + group_index;
-      if (at.row >= g.out_h || at.col >= g.out_w || at.image >= g.batch) at.image = -1;
-      if (lane < kRounds * 16) {
-        places[group_index * S::kWarpM + row] = {at.image, static_cast<uint16_t>(at.row),
-                                                 static_cast<uint16_t>(at.col)};
-      }
-      __syncwarp();
+      const uint32_t m = tile.m + row + (S::kPairs ? 0 : group_index * S::kWarpM);
+      places[group_index * S::kWarpM + row] = Locate<S>(g, tile, Locate(g, m), group_index);
     }
+    __syncwarp();
     float sum[kRounds][S::kTileN / 2];
     const int loads = (g.chunks[0] + g.chunks[1]) * g.groups[tile.list];
     int accumulate = 0;
@@ -265,28 +301,28 @@ __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared
 
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
+      // Of this lane: 16 bytes of every fourth row.
+      const Place* rows = places + group_index * S::kWarpM + r * 64 + warp * 16 + lane / 8;
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
         const int n = tile.n + s * 64 + lane % 8 * 8;
         const bool second = n >= g.split;
-        const GemmResult& to = g.result[second];
-        const int64_t base = g.result_offset[tile.list] + n - (second ? g.split : 0);
-        const Place* rows = places + group_index * S::kWarpM + r * 64 + warp * 16 + lane / 8;
-        const auto offset = [&](const Place& at) {
-          return base + at.image * to.image_stride + at.row * to.row_stride +
-                 static_cast<int64_t>(at.col) * to.pixel_stride;
-        };
-        uint4 mask[4];  // as bits: packs of 16-bit numbers would be taken apart to be kept
-        if (to.mask != nullptr) {
+        const uint32_t column = (n - (second ? g.split : 0)) / kPack;
+        uint4* const to = static_cast<uint4*>(g.result[second].data);
+        const uint4* const mask = static_cast<const uint4*>(g.result[second].mask);
+        uint32_t unit[4];
+        uint4 masks[4];
+        const auto load_masks = [&] {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const Place at = rows[i * 4];
-            if (at.image >= 0 && n < g.n) {
-              mask[i] = *reinterpret_cast<const uint4*>(static_cast<const T*>(to.mask) + offset(at));
-            }
+            unit[i] = n >= g.n ? kNowhere : second ? rows[i * 4].second : rows[i * 4].first;
+            if (mask != nullptr && unit[i] != kNowhere) masks[i] = mask[unit[i] + column];
           }
-        }
+        };
+        // Early, where there are registers to wait in; where there are two blocks, the other one is at work meanwhile.
+        if constexpr (S::kBlocks == 1) load_masks();
         Stage<T, S::kTileN>(sum[r], s, g, tile.n + s * 64, strip);
+        if constexpr (S::kBlocks == 2) load_masks();
         if constexpr (S::kPairs) {
           ptx::NamedBarrier(1, 256);
         } else {
@@ -295,18 +331,15 @@ __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = i * 4 + lane / 8;
-          const uint4 bits = ptx::LoadShared16(strip + row * 128 + (((lane % 8) ^ (row & 7)) << 4));
-          Pack<T> out = reinterpret_cast<const Pack<T>&>(bits);
-          const Place at = rows[i * 4];
-          if (at.image < 0 || n >= g.n) continue;
-          if (to.mask != nullptr) out = Masked(out, reinterpret_cast<const Pack<T>&>(mask[i]));
-          *reinterpret_cast<Pack<T>*>(static_cast<T*>(to.data) + offset(at)) = out;
+          uint4 v = ptx::LoadShared16(strip + row * 128 + (((lane % 8) ^ (row & 7)) << 4));
+          if (mask != nullptr) v = MaskedBits<T>(v, masks[i]);
+          if (unit[i] != kNowhere) to[unit[i] + column] = v;
         }
         if constexpr (S::kPairs) {
           // 32 windows of 64 channels: a thread takes 8 channels of one.
           const int window = (group_index * 128 + thread) / 8, first = window * 2 % 16;
-          const Place corner = places[r * 64 + window * 2];
-          if (corner.image >= 0 && corner.row + 1 < g.out_h && corner.col + 1 < g.out_w && n < g.n) {
+          const uint32_t pooled = places[r * 64 + window * 2].second;
+          if (pooled != kNowhere && n < g.n) {
             Pack<T> quad[4];
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
@@ -315,10 +348,7 @@ __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared
                                                    (((lane % 8) ^ (row & 7)) << 4));
               quad[q] = reinterpret_cast<const Pack<T>&>(bits);
             }
-            const int64_t pooled =
-                (static_cast<int64_t>(corner.image) * (g.out_h / 2) + corner.row / 2) * (g.out_w / 2) + corner.col / 2;
-            *reinterpret_cast<Pack<T>*>(static_cast<T*>(g.pooled) + pooled * g.n + n) =
-                Max(Max(quad[0], quad[1]), Max(quad[2], quad[3]));
+            static_cast<Pack<T>*>(g.pooled)[pooled + n / kPack] = Max(Max(quad[0], quad[1]), Max(quad[2], quad[3]));
           }
           ptx::NamedBarrier(1, 256);
         } else {

@@ -31,6 +31,9 @@ template <int kRounds_, int kTileN_, int kShare_, int kStages_>
 struct WgradShape {
   static constexpr int kRounds = kRounds_;  // of 64 rows of the result, a warpgroup
   static constexpr int kTileN = kTileN_, kShare = kShare_, kStages = kStages_;
+  // Registers of a thread that multiplies and of one that loads or sums, where 128 for all are not enough.
+  static constexpr int kSums = kRounds * kTileN / 2;
+  static constexpr int kMultiplying = kSums > 96 ? 160 : kSums > 64 ? 136 : 128, kLoading = 512 - 3 * kMultiplying;
   static constexpr int kTilesA = kShare == 3 ? kRounds : 3 * kRounds;  // of 64 channels, a stage
   static constexpr int kBox = 64 + kShare - 1;
   static constexpr int kA = (kBox * 128 + 1023) / 1024 * 1024, kB = kTileN * 128;
@@ -98,7 +101,8 @@ __device__ void SumDz(const WgradKernelArgs& g, uint32_t stages, uint32_t full, 
   for (int step = 0; step < steps; ++step, ring.Next()) {
     ptx::BarrierWait(full + ring.stage * 8, ring.parity);
     const uint32_t from = stages + ring.stage * S::kStage + S::kTilesA * S::kA + column / 8 * 8192;
-#pragma unroll 1
+    // Several loads on their way at once keep up with the products, as far as there are registers to receive them.
+#pragma unroll(S::kLoading > 64 ? 4 : 1)
     for (int row = first_row; row < 64; row += kRows) {
       const uint4 bits = ptx::LoadShared16(from + row * 128 + (((column % 8) ^ (row & 7)) << 4));
       const Pack<T> dz = reinterpret_cast<const Pack<T>&>(bits);
@@ -201,14 +205,14 @@ __global__ __launch_bounds__(kWgradThreads, 1) void WgradKernel(const __grid_con
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    ptx::ShrinkRegisters<32>();
+    if constexpr (S::kLoading < 128) ptx::ShrinkRegisters<S::kLoading>();
     if (threadIdx.x == 0) {
       LoadSteps<S>(g, stages, full, empty, units, first_unit, n, first_step, last_step);
     } else if (threadIdx.x >= 32 && sums) {
       SumDz<T, S>(g, stages, full, empty, partial, n, last_step - first_step);
     }
   } else {
-    ptx::GrowRegisters<160>();
+    if constexpr (S::kMultiplying > 128) ptx::GrowRegisters<S::kMultiplying>();
     MultiplySteps<T, S>(g, stages, full, empty, threadIdx.x / 128 - 1, first_unit, n, last_step - first_step);
   }
 #endif
