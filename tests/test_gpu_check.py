@@ -3,6 +3,7 @@
 import json
 import stat
 import sys
+import time
 import types
 
 import pytest
@@ -94,8 +95,7 @@ def test_a_pass_that_never_ran_is_no_clean_one(tmp_path):
 
 def test_only_memcheck_spaces_the_arrays(monkeypatch):
     commands = []
-    done = types.SimpleNamespace(returncode=0, stdout=CLEAN)
-    monkeypatch.setattr(gpu_check.subprocess, "run", lambda command, **_: commands.append(command) or done)
+    monkeypatch.setattr(gpu_check, "_run_in_time", lambda command: commands.append(command) or (0, CLEAN))
     gpu_check.sanitize("sanitizer", ["python", "pass.py"])
     assert commands[0] == ["sanitizer", "--tool", "memcheck", "--padding", "4096", "python", "pass.py"]
     assert commands[1:] == [
@@ -134,7 +134,9 @@ def test_a_tool_that_did_not_run_leaves_its_entry():
 
 def test_a_tool_that_hangs_has_failed(sanitizer, monkeypatch):
     monkeypatch.setattr(gpu_check, "_SANITIZER_SECONDS", 1)
+    start = time.monotonic()
     results = gpu_check.sanitize(sanitizer, [sys.executable, "-c", "import time; time.sleep(60)"], ["memcheck"])
+    assert time.monotonic() - start < 30  # the command has not outlived the tool, or its output would be waited for
     assert results["memcheck"]["outcome"] == "failed" and results["memcheck"]["errors"] is None
 
 

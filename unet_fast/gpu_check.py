@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,30 @@ def count_errors(output):
     return sum(int(errors or hazards) for errors, hazards in found) if found else None
 
 
+def _run_in_time(command):
+    """Exit status, None if it ran out of time, and output of a command."""
+    # In a process group of its own, so that the program under the sanitizer ends with it and frees the GPU.
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=_SANITIZER_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0] + "\nran out of time"
+        except BaseException:  # Ctrl-C, which does not reach another group
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return process.returncode, output
+
+
 def sanitize(sanitizer, command, tools=SANITIZER_TOOLS):
     """Run small_pass.py under tools of compute-sanitizer.
 
@@ -120,21 +145,8 @@ def sanitize(sanitizer, command, tools=SANITIZER_TOOLS):
     results = {}
     for tool in tools:
         start = time.monotonic()
-        try:
-            done = subprocess.run(
-                [sanitizer, "--tool", tool, *_SANITIZER_OPTIONS.get(tool, ()), *command],
-                cwd=ROOT,
-                env=_environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=_SANITIZER_SECONDS,
-                check=False,
-            )
-            status, output = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as error:
-            status, output = None, (error.output or b"").decode(errors="replace") + "\nran out of time"
+        options = ["--tool", tool, *_SANITIZER_OPTIONS.get(tool, ())]
+        status, output = _run_in_time([sanitizer, *options, *command])
         errors = count_errors(output)
         passed = status == 0 and errors == 0 and _PASS_ENDED.search(output)
         outcome = "passed" if passed else "failed"
