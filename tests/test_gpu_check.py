@@ -3,6 +3,7 @@
 import json
 import stat
 import sys
+import time
 import types
 
 import pytest
@@ -60,7 +61,7 @@ def sanitizer(tmp_path):
         f"#!{sys.executable}\n"
         "import subprocess, sys\n"
         f"output = {{'memcheck': {CLEAN!r}, 'racecheck': {RACES!r}, 'initcheck': {CLEAN!r}, 'synccheck': ''}}\n"
-        "status = subprocess.run(sys.argv[3:]).returncode\n"
+        "status = subprocess.run(sys.argv[sys.argv.index(sys.executable):]).returncode\n"
         "print(output[sys.argv[2]])\n"
         "sys.exit(status)\n"
     )
@@ -84,10 +85,58 @@ def test_a_pass_that_fails_is_no_clean_one(sanitizer):
     assert results["memcheck"]["outcome"] == "failed" and results["memcheck"]["errors"] == 0
 
 
+def test_a_pass_that_never_ran_is_no_clean_one(tmp_path):
+    path = tmp_path / "compute-sanitizer"
+    path.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 0 errors'\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    (result,) = gpu_check.sanitize(str(path), ["a", "command"], ["initcheck"]).values()
+    assert result["outcome"] == "failed" and result["errors"] == 0
+
+
+def test_only_memcheck_spaces_the_arrays(monkeypatch):
+    commands = []
+    monkeypatch.setattr(gpu_check, "_run_in_time", lambda command: commands.append(command) or (0, CLEAN))
+    gpu_check.sanitize("sanitizer", ["python", "pass.py"])
+    assert commands[0] == ["sanitizer", "--tool", "memcheck", "--padding", "4096", "python", "pass.py"]
+    assert commands[1:] == [
+        ["sanitizer", "--tool", tool, "python", "pass.py"] for tool in ("racecheck", "initcheck", "synccheck")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tools"),
+    [
+        ([], []),
+        (["--sanitize"], ["memcheck", "racecheck", "initcheck", "synccheck"]),
+        (["--sanitize", "synccheck", "memcheck", "synccheck"], ["synccheck", "memcheck"]),
+    ],
+)
+def test_tools_are_chosen(arguments, tools):
+    assert gpu_check.parse_arguments(arguments).sanitize == tools
+
+
+def test_a_mistyped_tool_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.parse_arguments(["--sanitize", "memchek"])
+    assert "memcheck" in capsys.readouterr().err
+
+
+def test_a_tool_that_did_not_run_leaves_its_entry():
+    old = {"racecheck": {"outcome": "failed", "errors": 2}, "initcheck": {"outcome": "passed", "errors": 0}}
+    new = {"racecheck": {"outcome": "passed", "errors": 0}, "memcheck": {"outcome": "passed", "errors": 0}}
+    merged = gpu_check.merge_sanitizer(old, new)
+    assert list(merged) == ["memcheck", "racecheck", "initcheck"]
+    assert merged == {**old, **new}
+    missing = gpu_check.sanitize(None, [], ["memcheck", "initcheck"])
+    assert gpu_check.merge_sanitizer(old, missing) == {"memcheck": missing["memcheck"], **old}
+    assert gpu_check.merge_sanitizer(None, {}) == {}
+
+
 def test_a_tool_that_hangs_has_failed(sanitizer, monkeypatch):
     monkeypatch.setattr(gpu_check, "_SANITIZER_SECONDS", 1)
-    monkeypatch.setattr(gpu_check, "SANITIZER_TOOLS", ("memcheck",))
-    results = gpu_check.sanitize(sanitizer, [sys.executable, "-c", "import time; time.sleep(60)"])
+    start = time.monotonic()
+    results = gpu_check.sanitize(sanitizer, [sys.executable, "-c", "import time; time.sleep(60)"], ["memcheck"])
+    assert time.monotonic() - start < 30  # the command has not outlived the tool, or its output would be waited for
     assert results["memcheck"]["outcome"] == "failed" and results["memcheck"]["errors"] is None
 
 
@@ -133,13 +182,20 @@ def test_the_report_says_what_was_skipped_and_why(checkout):
     assert "sanitizer" not in report
 
 
-def test_the_sanitizer_is_recorded_and_kept(checkout, sanitizer, monkeypatch, capsys):
+def test_the_sanitizer_is_recorded_and_kept(checkout, sanitizer, monkeypatch):
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: sanitizer)
     assert gpu_check.main(["--sanitize"]) == 1  # the stand-in finds races
     entry = json.loads((checkout / "report.json").read_text())["sanitizer"]
     assert list(entry) == list(gpu_check.SANITIZER_TOOLS) and entry["racecheck"]["errors"] == 2
     assert gpu_check.main([]) == 0
     assert json.loads((checkout / "report.json").read_text())["sanitizer"] == entry
+    assert gpu_check.main(["--sanitize", "initcheck"]) == 0
+    assert json.loads((checkout / "report.json").read_text())["sanitizer"]["racecheck"] == entry["racecheck"]
+
+
+def test_a_missing_sanitizer_is_recorded(checkout, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
-    assert gpu_check.main(["--sanitize"]) == 2
+    assert gpu_check.main(["--sanitize", "memcheck"]) == 1
     assert "expected compute-sanitizer" in capsys.readouterr().err
+    entry = json.loads((checkout / "report.json").read_text())["sanitizer"]
+    assert entry == {"memcheck": {"outcome": "not available", "errors": None, "seconds": 0.0}}

@@ -1,8 +1,9 @@
-"""Runs tests/gpu on this machine's GPU and records the outcome: `python -m unet_fast.gpu_check [--sanitize]`.
+"""Runs tests/gpu on this machine's GPU and records the outcome: `python -m unet_fast.gpu_check [--sanitize [TOOL ...]]`
 
 Builds nothing. Writes tests/gpu/report.json in the source folder: the card, its driver, the fingerprint of the native
-sources that the tested library was built from, and every test with its outcome and its seconds. With --sanitize the tools
-of compute-sanitizer also go over one small pass of every kernel; else what they said of the same sources stays.
+sources that the tested library was built from, and every test with its outcome and its seconds. With --sanitize the
+tools of compute-sanitizer, or those that are named, also go over one small pass of every kernel; what an earlier report
+has of the others stays where it is of the same sources.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests" / "gpu"
 REPORT = TESTS / "report.json"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Arrays lie so close that what is beyond the end of one would be another; this much between them belongs to none.
+_SANITIZER_OPTIONS = {"memcheck": ("--padding", "4096")}
 _SANITIZER_SECONDS = 600  # that a tool may take
+# The last line of small_pass.py. Some versions of compute-sanitizer report no errors of a program that never started.
+_PASS_ENDED = re.compile(r"^\d+ cases in \d+ dtypes: none failed$", re.MULTILINE)
 
 
 def run_file(path):
@@ -98,37 +104,52 @@ def count_errors(output):
     return sum(int(errors or hazards) for errors, hazards in found) if found else None
 
 
-def sanitize(sanitizer, command):
-    """Run a command under every tool of compute-sanitizer.
+def _run_in_time(command):
+    """Exit status, None if it ran out of time, and output of a command."""
+    # In a process group of its own, so that the program under the sanitizer ends with it and frees the GPU.
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=_SANITIZER_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0] + "\nran out of time"
+        except BaseException:  # Ctrl-C, which does not reach another group
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return process.returncode, output
+
+
+def sanitize(sanitizer, command, tools=SANITIZER_TOOLS):
+    """Run small_pass.py under tools of compute-sanitizer.
 
     Args:
-        sanitizer: path of compute-sanitizer.
+        sanitizer: path of compute-sanitizer; None where there is none.
         command: list, the program and its arguments.
+        tools: names of tools.
 
     Returns:
-        dict from a tool's name to its `outcome` (passed, failed), number of `errors` (None if it did not get to its end)
-        and `seconds`. It has failed where it found an error, and where the command itself did.
+        dict from a tool's name to its `outcome` (passed, failed, not available), number of `errors` (None if it did not
+        get to its end) and `seconds`. It has failed where it found an error, and where the command failed or never ran.
     """
+    if sanitizer is None:
+        return {tool: {"outcome": "not available", "errors": None, "seconds": 0.0} for tool in tools}
     results = {}
-    for tool in SANITIZER_TOOLS:
+    for tool in tools:
         start = time.monotonic()
-        try:
-            done = subprocess.run(
-                [sanitizer, "--tool", tool, *command],
-                cwd=ROOT,
-                env=_environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=_SANITIZER_SECONDS,
-                check=False,
-            )
-            status, output = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as error:
-            status, output = None, (error.output or b"").decode(errors="replace") + "\nran out of time"
+        options = ["--tool", tool, *_SANITIZER_OPTIONS.get(tool, ())]
+        status, output = _run_in_time([sanitizer, *options, *command])
         errors = count_errors(output)
-        outcome = "passed" if status == 0 and errors == 0 else "failed"
+        passed = status == 0 and errors == 0 and _PASS_ENDED.search(output)
+        outcome = "passed" if passed else "failed"
         seconds = round(time.monotonic() - start, 1)
         results[tool] = {"outcome": outcome, "errors": errors, "seconds": seconds}
         print(f"{tool}: {outcome}, {errors} errors, {seconds} s", flush=True)
@@ -150,6 +171,41 @@ def previous_sanitizer(path, fingerprint):
     return report.get("sanitizer") if report.get("fingerprint") == fingerprint else None
 
 
+def merge_sanitizer(previous, results):
+    """What to record: the results, and what an earlier report has of tools that did not run now.
+
+    Args:
+        previous: of previous_sanitizer.
+        results: of `sanitize`; empty where it was not asked for.
+
+    Returns:
+        dict like `results`, in the order of SANITIZER_TOOLS.
+    """
+    ran = {tool: result for tool, result in results.items() if result["outcome"] != "not available"}
+    merged = {**results, **(previous or {}), **ran}
+    return {tool: merged[tool] for tool in SANITIZER_TOOLS if tool in merged}
+
+
+def parse_arguments(arguments=None):
+    """Namespace whose `sanitize` is a list of tools, each once, empty where --sanitize is not given.
+
+    Args:
+        arguments: list of command-line arguments, None for those of the process.
+    """
+    parser = argparse.ArgumentParser(prog="python -m unet_fast.gpu_check", description="Tests the kernels on the GPU.")
+    parser.add_argument(
+        "--sanitize",
+        nargs="*",
+        choices=SANITIZER_TOOLS,
+        metavar="TOOL",
+        help=f"also run tools of compute-sanitizer; takes minutes; without a name all: {', '.join(SANITIZER_TOOLS)}",
+    )
+    asked = parser.parse_args(arguments)
+    # None: the option is not there; empty: it names no tool.
+    asked.sanitize = list(SANITIZER_TOOLS) if asked.sanitize == [] else list(dict.fromkeys(asked.sanitize or ()))
+    return asked
+
+
 def main(arguments=None):
     """Run the tests and write the report.
 
@@ -157,12 +213,10 @@ def main(arguments=None):
         arguments: list of command-line arguments, None for those of the process.
 
     Returns:
-        exit status: 0; 1 if a test or a tool of the sanitizer failed; 2 where there is no source folder, no GPU, or no
-        compute-sanitizer that was asked for, in one line.
+        exit status: 0; 1 if a test failed, or a tool of the sanitizer that was asked for failed or is not there; 2
+        where there is no source folder or no GPU, in one line.
     """
-    parser = argparse.ArgumentParser(prog="python -m unet_fast.gpu_check", description="Tests the kernels on the GPU.")
-    parser.add_argument("--sanitize", action="store_true", help="also run compute-sanitizer's tools; takes minutes")
-    asked = parser.parse_args(arguments)
+    asked = parse_arguments(arguments)
     if not TESTS.is_dir():
         print(
             f"unet_fast.gpu_check: expected a source folder with tests/gpu, got {ROOT}; run it there", file=sys.stderr
@@ -174,13 +228,6 @@ def main(arguments=None):
     devices, missing = _native.gpu_devices()
     if not devices:
         print(f"unet_fast.gpu_check: expected a GPU, got none ({missing}); see `unet-fast info`", file=sys.stderr)
-        return 2
-    sanitizer = find_sanitizer() if asked.sanitize else None
-    if asked.sanitize and sanitizer is None:
-        print(
-            "unet_fast.gpu_check: expected compute-sanitizer in PATH or a CUDA toolkit, found none; set CUDA_HOME",
-            file=sys.stderr,
-        )
         return 2
     tests = {}
     for path in sorted(TESTS.glob("test_*.py")):
@@ -200,20 +247,23 @@ def main(arguments=None):
         "skipped": outcomes.count("skipped"),
         "tests": tests,
     }
-    if sanitizer:
-        found = sanitize(sanitizer, [sys.executable, str(TESTS / "small_pass.py")])
-    else:
-        found = previous_sanitizer(REPORT, _native.fingerprint)
-    if found:
-        report["sanitizer"] = found
+    sanitizer = find_sanitizer() if asked.sanitize else None
+    if asked.sanitize and sanitizer is None:
+        print(
+            "unet_fast.gpu_check: expected compute-sanitizer in PATH or a CUDA toolkit, found none; set CUDA_HOME",
+            file=sys.stderr,
+        )
+    sanitized = sanitize(sanitizer, [sys.executable, str(TESTS / "small_pass.py")], asked.sanitize)
+    recorded = merge_sanitizer(previous_sanitizer(REPORT, _native.fingerprint), sanitized)
+    if recorded:
+        report["sanitizer"] = recorded
     temporary = REPORT.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, REPORT)
     print(
         f"{REPORT.relative_to(ROOT)}: {report['passed']} passed, {report['failed']} failed, {report['skipped']} skipped"
     )
-    sanitized = found.values() if sanitizer else ()
-    return 1 if report["failed"] or any(tool["outcome"] == "failed" for tool in sanitized) else 0
+    return 1 if report["failed"] or any(tool["outcome"] != "passed" for tool in sanitized.values()) else 0
 
 
 if __name__ == "__main__":

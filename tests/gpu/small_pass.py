@@ -3,8 +3,8 @@
     PYTHONPATH=. python3 tests/gpu/small_pass.py [--only NAME]
 
 Goes over every engine and tile, the slow paths of odd channel counts, first and last layer, transposed convolutions,
-pooling and loss, forward and gradient, in float16 and bfloat16. Results must be finite and, in a second run on fresh
-memory, the same to the bit; whether they are right is tested in test_kernels.py.
+pooling and loss, forward and gradient, in float16 and, from compute capability 8.0, bfloat16. Results must be finite
+and, in a second run on fresh memory, the same to the bit; whether they are right is tested in test_kernels.py.
 
 It uses neither PyTorch nor TensorFlow: their start takes minutes under a sanitizer, and their allocators hand out parts of
 large blocks, beyond whose ends nothing is noticed. Every array is an allocation of its own. Inputs are written in full,
@@ -21,7 +21,7 @@ import sys
 import native
 import numpy as np
 
-DTYPES = ("float16", "bfloat16")
+_COMPUTE_CAPABILITY_MAJOR = 75  # of the driver's CUdevice_attribute
 
 
 class Device:
@@ -35,6 +35,9 @@ class Device:
         # The primary context is the one that the kernels' own runtime uses.
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._call("cuCtxSetCurrent", context)
+        major = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
+        self.dtypes = ("float16", "bfloat16") if major.value >= 8 else ("float16",)
 
     def _call(self, name, *arguments):
         status = getattr(self._driver, name)(*arguments)
@@ -79,7 +82,7 @@ class Arrays:
         self._outputs = []  # (address, shape, NumPy dtype)
 
     def _allocate(self, size):
-        self._addresses.append(self._device.allocate(max(size, 16)))  # an empty array has an address too
+        self._addresses.append(self._device.allocate(max(size, 1)))  # an empty array has an address too
         return self._addresses[-1]
 
     def array(self, array):
@@ -136,8 +139,11 @@ class Arrays:
 STREAM = 0  # the default one
 
 
-def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, **flags):
-    """A case: forward pass and gradient of a convolution. `skip` is (height, width, channels); the rest as in problem.h."""
+def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, left_out=(), **flags):
+    """A case: forward pass and gradient of a convolution.
+
+    `skip` is (height, width, channels), `left_out` has "dx" or "dskip" or both; the rest as in problem.h.
+    """
     choices = choices or native.tuning(kernels)
     n, h, w = size
     sh, sw, sc = skip or (0, 0, 0)
@@ -158,7 +164,8 @@ def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, **fla
         space = arrays.workspace(kernels.conv2d_bias_relu_workspace_bytes(p))
         kernels.conv2d_bias_relu(STREAM, p, x, s, kernel, bias, y, pooled, space, choices)
         dy, dpooled = arrays.values(*out), arrays.values(*half) if p.pool else 0
-        dx, dskip = arrays.output(n, h, w, channels), arrays.output(n, sh, sw, sc) if skip else 0
+        dx = 0 if "dx" in left_out else arrays.output(n, h, w, channels)
+        dskip = arrays.output(n, sh, sw, sc) if skip and "dskip" not in left_out else 0
         dkernel, dbias = arrays.output(*kernel_shape), arrays.output(filters)
         space = arrays.workspace(kernels.conv2d_bias_relu_grad_workspace_bytes(p, choices))
         kernels.conv2d_bias_relu_grad(
@@ -168,8 +175,8 @@ def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, **fla
     return run
 
 
-def conv2d_transpose(kernels, size, channels, filters, k=3, choices=None, **flags):
-    """A case: forward pass and gradient of a transposed convolution."""
+def conv2d_transpose(kernels, size, channels, filters, k=3, choices=None, left_out=(), **flags):
+    """A case: forward pass and gradient of a transposed convolution; arguments as of conv2d."""
     choices = choices or native.tuning(kernels)
     n, h, w = size
 
@@ -183,7 +190,7 @@ def conv2d_transpose(kernels, size, channels, filters, k=3, choices=None, **flag
         bias, y = arrays.values(filters), arrays.output(n, 2 * h, 2 * w, filters)
         space = arrays.workspace(kernels.conv2d_transpose_bias_relu_workspace_bytes(p))
         kernels.conv2d_transpose_bias_relu(STREAM, p, x, kernel, bias, y, space, choices)
-        dy, dx = arrays.values(n, 2 * h, 2 * w, filters), arrays.output(n, h, w, channels)
+        dy, dx = arrays.values(n, 2 * h, 2 * w, filters), 0 if "dx" in left_out else arrays.output(n, h, w, channels)
         dkernel, dbias = arrays.output(k, k, filters, channels), arrays.output(filters)
         space = arrays.workspace(kernels.conv2d_transpose_bias_relu_grad_workspace_bytes(p, choices))
         kernels.conv2d_transpose_bias_relu_grad(STREAM, p, dy, y, x, kernel, dx, dkernel, dbias, space, choices)
@@ -233,16 +240,25 @@ def cases(kernels):
     for engine, counts in native.tiles(kernels).items():
         for i in range(max(counts.values())):
             forced = {kind: i for kind, count in counts.items() if i < count}
-            choices = native.tuning(kernels, engine=engine, splits=1 + 2 * (i % 2), **forced)
-            name = f"{engine}, tile {i}"
-            both = {"choices": choices, "input_is_relu": True}
-            add(f"{name}, skip", conv2d, (1, 9, 12), 72, 136, skip=(13, 15, 64), same=True, dy_is_masked=True, **both)
-            add(f"{name}, pool", conv2d, (1, 10, 12), 72, 136, pool=True, **both)
-            add(name, conv2d_transpose, (1, 5, 7), 72, 136, **both)
+            for splits in (1, 3):
+                choices = native.tuning(kernels, engine=engine, splits=splits, **forced)
+                name = f"{engine}, tile {i}, splits {splits}"
+                both = {"choices": choices, "input_is_relu": True}
+                masked = {"same": True, "dy_is_masked": True, **both}
+                add(f"{name}, skip", conv2d, (1, 9, 12), 72, 136, skip=(13, 15, 64), **masked)
+                add(f"{name}, pool", conv2d, (1, 10, 12), 72, 136, pool=True, **both)
+                for k in (2, 3):
+                    add(f"{name}, {k}x{k}", conv2d_transpose, (1, 5, 7), 72, 136, k=k, **both)
         # More tiles than any card runs at once.
         choices = native.tuning(kernels, engine=engine)
         add(f"{engine}, larger than the card", conv2d, (1, 282, 282), 8, 8, pool=True, choices=choices)
 
+    for left_out in (("dx",), ("dskip",), ("dx", "dskip")):
+        add(f"no {', no '.join(left_out)}", conv2d, (2, 9, 10), 24, 48, skip=(12, 13, 40), left_out=left_out)
+    add("no dx", conv2d, (2, 9, 10), 24, 48, left_out=("dx",))
+    add("dy masked, pool", conv2d, (2, 9, 10), 64, 64, pool=True, dy_is_masked=True)
+    add("dy masked, valid", conv2d, (2, 9, 10), 64, 64, dy_is_masked=True)
+    add("skip, pool", conv2d, (2, 9, 10), 64, 72, skip=(9, 13, 8), same=True, pool=True)
     add("1x1", conv2d, (2, 9, 10), 64, 72, k=1)
     add("1x1, skip, pool", conv2d, (2, 9, 10), 16, 24, k=1, skip=(11, 13, 8), pool=True)
     add("no activation, dy as it comes", conv2d, (2, 7, 9), 40, 24, same=True, relu=False)
@@ -251,17 +267,25 @@ def cases(kernels):
     add("odd channels, skip", conv2d, (2, 10, 9), 9, 11, skip=(13, 12, 5), input_is_relu=True)
     add("odd skip channels, 1x1", conv2d, (2, 10, 9), 8, 16, k=1, skip=(12, 12, 3))
     add("few channels", conv2d, (1, 60, 62), 1, 64)
+    add("few channels, no dx, dy masked", conv2d, (2, 11, 9), 1, 64, left_out=("dx",), dy_is_masked=True)
+    add("three channels, odd filters", conv2d, (2, 11, 9), 3, 10, same=True, input_is_relu=True)
     add("few channels, same, pool", conv2d, (2, 11, 9), 3, 64, same=True, pool=True)
     add("few channels, odd filters", conv2d, (2, 10, 12), 7, 70, relu=False, pool=True)
     add("few channels, 1x1", conv2d, (2, 10, 12), 5, 24, k=1)
     for channels, filters in ((64, 2), (72, 3), (72, 5), (13, 1), (13, 4), (13, 8)):
         add(f"few filters, {channels}>{filters}", conv2d, (2, 30, 31), channels, filters, k=1, input_is_relu=True)
+    add("few filters, no dx, dy masked", conv2d, (2, 9, 10), 64, 2, k=1, left_out=("dx",), dy_is_masked=True)
+    add("few filters, no activation", conv2d, (2, 9, 10), 64, 2, k=1, relu=False)
     add("2x2", conv2d_transpose, (2, 5, 6), 64, 40, k=2)
+    add("no dx", conv2d_transpose, (2, 5, 6), 64, 40, left_out=("dx",))
     add("3x3, dy masked", conv2d_transpose, (2, 5, 6), 64, 40, dy_is_masked=True, input_is_relu=True)
     add("odd channels", conv2d_transpose, (3, 5, 4), 12, 7)
     add("odd channels, 2x2, no activation", conv2d_transpose, (3, 5, 4), 5, 8, k=2, relu=False)
     add("even", max_pool2d, 2, 8, 10, 64)
     add("odd", max_pool2d, 2, 7, 9, 3)
+    add("odd size", max_pool2d, 2, 7, 9, 8)
+    add("one row", max_pool2d, 1, 1, 4, 8)
+    add("one class", dice_cross_entropy, 3, 61, 1, "int32")
     add("two classes", dice_cross_entropy, 2, 3000, 2, "uint8")
     add("plain sums, smoothed labels", dice_cross_entropy, 2, 500, 5, "int32", squared=False, label_smoothing=0.1)
     ignored = {"has_ignore_class": True, "ignore_class": 3, "include_background": False}
@@ -286,7 +310,7 @@ def main():
     device, failed = Device(), 0
     chosen = {name: run for name, run in cases(native.load_kernels()).items() if only in name}
     for name, run in chosen.items():
-        for dtype in DTYPES:
+        for dtype in device.dtypes:
             try:
                 same = digest(device, dtype, run) == digest(device, dtype, run)
                 outcome = "" if same else "two runs differ"
@@ -295,7 +319,7 @@ def main():
             if outcome:
                 failed += 1
                 print(f"{name}, {dtype}: {outcome}", file=sys.stderr)
-    print(f"{len(chosen)} cases in {len(DTYPES)} dtypes: {failed or 'none'} failed")
+    print(f"{len(chosen)} cases in {len(device.dtypes)} dtypes: {failed or 'none'} failed")
     return 1 if failed or not chosen else 0
 
 
