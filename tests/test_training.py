@@ -12,10 +12,11 @@ from PIL import Image
 
 from unet_fast import checkpoints, evaluation, training
 from unet_fast.config import TrainConfig
-from unet_fast.data import Dataset, generate, write_tiff
+from unet_fast.data import Dataset, generate, training_dataset, write_tiff
 from unet_fast.errors import UserError
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
+from unet_fast.step_loop import StepLoop
 
 SMALL = {"filters": 4, "depth": 2, "padding": "same", "size": 32, "batch": 2, "lr": 1e-3, "steps": 8, "eval_every": 3}
 TIMES = ("seconds", "images_per_second")
@@ -49,20 +50,17 @@ def state(run):
 
 
 def stop_after(monkeypatch, steps, signum=signal.SIGINT):
-    """Send this process a signal while step number `steps` of a training is under way."""
-    make, count = training._Trainer._make_train_step, iter(range(1, 10**6))
+    """Send this process a signal while the chunk that ends with step number `steps` of a training is under way."""
+    advance, left = StepLoop.advance, [steps]
 
-    def make_counting(self):
-        step = make(self)
+    def counting(self, most):
+        losses = advance(self, min(most, left[0]))
+        left[0] -= len(losses)
+        if not left[0]:
+            signal.raise_signal(signum)
+        return losses
 
-        def train_step(*batch):
-            if next(count) == steps:
-                signal.raise_signal(signum)
-            return step(*batch)
-
-        return train_step
-
-    monkeypatch.setattr(training._Trainer, "_make_train_step", make_counting)
+    monkeypatch.setattr(StepLoop, "advance", counting)
 
 
 def test_adam_l2_is_adam_on_the_whole_loss():
@@ -100,7 +98,7 @@ def test_the_loop_is_keras_fit(data, tmp_path):
     model = FusedUNet((32, 32, 1), filters=4, depth=2, padding="same", dropout=0.0)
     dataset = evaluation.load_labelled(data)
     folds = checkpoints.read_json(tmp_path / "run" / "split.json")["folds"]
-    batches = training.training_dataset(dataset, folds[0]["train"], input_size=32, output_size=32, batch_size=2, seed=0)
+    batches = training_dataset(dataset, folds[0]["train"], input_size=32, output_size=32, batch_size=2, seed=0)
     model.compile(training.AdamL2(1e-3, 5e-4), DiceCrossEntropy())
     model.fit(batches, steps_per_epoch=4, verbose=0)
     # The best model is the only one that was evaluated.
