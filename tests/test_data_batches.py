@@ -8,6 +8,7 @@ from unet_fast import FusedUNet, losses
 from unet_fast.data import Dataset, TrainingBatches, augmentation_draws, center_crop, pipeline, training_dataset
 from unet_fast.errors import UserError
 
+GPU = pytest.param("GPU:0", marks=pytest.mark.skipif(not tf.config.list_physical_devices("GPU"), reason="no GPU"))
 SIZES = {"input_size": (60, 76), "output_size": (36, 44)}
 
 
@@ -127,9 +128,10 @@ def test_sample_k_has_the_draws_of_seed_and_k():
         np.testing.assert_array_equal(draws, expected)
 
 
+@pytest.mark.parametrize("device", ["CPU:0", GPU])
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("start_step", [0, 3])
-def test_blocks_hold_the_batches(monkeypatch, resident, start_step):
+def test_blocks_hold_the_batches(monkeypatch, resident, start_step, device):
     data = dataset()
     monkeypatch.setattr(pipeline, "RESIDENT_BYTES", 4 * 48 * 56 * 2 if resident else 4 * 48 * 56 * 2 - 1)
     monkeypatch.setattr(pipeline, "_BLOCK_STEPS", 5)
@@ -137,10 +139,12 @@ def test_blocks_hold_the_batches(monkeypatch, resident, start_step):
     made = batches(data, [4, 0, 1, 3])
     expected = list(made.raw(start_step).take(10))
     got = []
-    for images, masks, rows, draws in made.blocks(start_step, "CPU:0"):
+    for block in made.blocks(start_step, device):
+        assert all(part.device.endswith(device) for part in block)
+        images, masks, rows, draws = (part.numpy() for part in block)
         assert len(rows) == len(draws) == (5 if resident else 2)
         assert len(images) == (4 if resident else 8)
-        got += [(tf.gather(images, r), tf.gather(masks, r), d) for r, d in zip(rows, draws, strict=True)]
+        got += [(images[r], masks[r], d) for r, d in zip(rows, draws, strict=True)]
         if len(got) == 10:
             break
     for ours, theirs in zip(got, expected, strict=True):

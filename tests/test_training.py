@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_fast import checkpoints, evaluation, training
+from unet_fast import checkpoints, evaluation, step_loop, training
 from unet_fast.config import TrainConfig
-from unet_fast.data import Dataset, generate, training_dataset, write_tiff
+from unet_fast.data import Dataset, generate, pipeline, training_dataset, write_tiff
 from unet_fast.errors import UserError
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
@@ -104,6 +104,32 @@ def test_the_loop_is_keras_fit(data, tmp_path):
     # The best model is the only one that was evaluated.
     for a, b in zip(checkpoints.load_run(tmp_path / "run").model.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "resident", "lengths"), [(0.0, 2**30, [1] * 8), (1e9, 2**30, [1, 2, 3, 2]), (1e9, 0, [1, 2, 3, 2])]
+)
+def test_launches_change_nothing(trained, data, tmp_path, monkeypatch, seconds, resident, lengths):
+    """Launches of any length end at evaluations; history and weights are those of single steps, resident or streamed."""
+    whole, scores = trained
+    advance, launches = StepLoop.advance, []
+
+    def recorded(self, most):
+        launches.append(advance(self, most))
+        return launches[-1]
+
+    monkeypatch.setattr(step_loop, "_CHUNK_SECONDS", seconds)
+    monkeypatch.setattr(pipeline, "RESIDENT_BYTES", resident)
+    monkeypatch.setattr(StepLoop, "advance", recorded)
+    out = tmp_path / "run"
+    assert training.train(TrainConfig(data=data, **SMALL), out) == scores
+    assert [len(losses) for losses in launches] == lengths
+    losses = np.concatenate(launches)
+    for row, part in zip(history(out), (losses[:3], losses[3:6], losses[6:]), strict=True):
+        assert float(row["loss"]) == pytest.approx(part.mean())
+    assert history(out) == history(whole)
+    for name, array in state(out).items():
+        np.testing.assert_array_equal(array, state(whole)[name], err_msg=name)
 
 
 def test_what_a_run_leaves_behind(trained, data):

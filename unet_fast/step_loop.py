@@ -19,9 +19,12 @@ class StepLoop:
     Args:
         model: FusedUNet; its `jit_compile` says whether XLA compiles the step.
         optimizer: keras.optimizers.Optimizer, built for the model's trainable variables.
-        loss_fn: called with (labels, outputs), returns the mean loss.
+        loss_fn: called with (labels uint8 [B, H, W], outputs [B, H, W, K]), returns the mean loss, a float32 scalar.
         batches: `unet_fast.data.TrainingBatches` of the model's sizes.
-        start_step: number of the first step.
+        start_step: number of the first step, at least 0.
+
+    Raises:
+        UserError: a negative step.
 
     >>> from unet_fast import FusedUNet, losses
     >>> from unet_fast.data import Dataset, TrainingBatches, generate
@@ -30,7 +33,9 @@ class StepLoop:
     >>> model = FusedUNet((32, 32, 1), filters=2, depth=1, padding="same")
     >>> data = Dataset.from_arrays(*generate(5, size=(64, 64)))
     >>> batches = TrainingBatches(data, range(4), input_size=32, output_size=32, batch_size=2, seed=0)
-    >>> loop = StepLoop(model, keras.optimizers.Adam(), losses.DiceCrossEntropy(), batches, start_step=0)
+    >>> optimizer = keras.optimizers.Adam()
+    >>> optimizer.build(model.trainable_variables)
+    >>> loop = StepLoop(model, optimizer, losses.DiceCrossEntropy(), batches, start_step=0)
     >>> len(loop.advance(5)) in range(1, 6)
     True
     """
@@ -49,7 +54,7 @@ class StepLoop:
             most: the most steps to run, at least 1.
 
         Returns:
-            list of the steps' losses, floats; at least one.
+            list of the steps' losses, floats, one a step; not finite where the loss is not.
         """
         if self._position == self._length:
             self._block = next(self._blocks)
