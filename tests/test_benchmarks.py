@@ -199,23 +199,8 @@ def test_train_rate(train_rate, monkeypatch, tmp_path, capsys):
         return train(config, *args, **kwargs)
 
     monkeypatch.setattr(training, "train", recorded)
-    small = [
-        "--filters",
-        "2",
-        "--depth",
-        "1",
-        "--padding",
-        "same",
-        "--size",
-        "32",
-        "--batch",
-        "2",
-        "--seconds",
-        "0.2",
-        "--intervals",
-        "3",
-        "--stream",
-    ]
+    sizes = {"filters": 2, "depth": 1, "padding": "same", "size": 32, "batch": 2, "seconds": 0.2, "intervals": 3}
+    small = ["--stream", *(f"--{name}={value}" for name, value in sizes.items())]
     assert train_rate.main([*small, "--json", str(tmp_path / "rate.json")]) == 0
     figures = json.loads((tmp_path / "rate.json").read_text())
     (config,) = configs
