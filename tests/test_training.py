@@ -90,12 +90,12 @@ def test_adam_l2_is_saved_with_a_model(tmp_path):
 
 
 def test_the_loop_is_keras_fit(data, tmp_path):
-    """Four steps of the loop give the weights that compile and fit give."""
-    config = TrainConfig(data=data, **{**SMALL, "steps": 4, "eval_every": 4, "dropout": 0.0})
+    """Four steps of the loop give the weights that compile and fit give, dropout included."""
+    config = TrainConfig(data=data, **{**SMALL, "steps": 4, "eval_every": 4, "dropout": 0.5})
     training.train(config, tmp_path / "run")
 
     keras.utils.set_random_seed(0)
-    model = FusedUNet((32, 32, 1), filters=4, depth=2, padding="same", dropout=0.0)
+    model = FusedUNet((32, 32, 1), filters=4, depth=2, padding="same", dropout=0.5)
     dataset = evaluation.load_labelled(data)
     folds = checkpoints.read_json(tmp_path / "run" / "split.json")["folds"]
     batches = training_dataset(dataset, folds[0]["train"], input_size=32, output_size=32, batch_size=2, seed=0)
