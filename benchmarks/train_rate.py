@@ -7,7 +7,8 @@ The aim is 95 %: reading, feeding, preparing and augmenting images, and the loop
 twentieth of the speed. The network is the reference's by default, and a run on a GPU takes less than two minutes.
 
 The bare step is `train_step` of the same network, loss and optimizer on one random batch that lies on the device, launched
-step by step and waited for at the end of a run; its rate is the median of runs before and after the training.
+step by step and waited for at the end of a run; its rate is the median of runs before and after the training. Where
+these runs differ by more than the aim leaves, the machine had other work and the ratio says nothing.
 
 The training is the library's own call, in the same process, on TIFFs that it reads from disk: 30 generated sections of
 512 x 512 pixels in uint8 without --data. Its rate is the median over the intervals between evaluations after the first, in
@@ -121,6 +122,7 @@ def measure(config, seconds, intervals):
         "steps": config.steps,
         "bare_img_s": round(rate, 2),
         "bare_runs_img_s": [round(r, 2) for r in runs],
+        "bare_spread": round(max(runs) / min(runs) - 1, 4),
         "train_img_s": round(trained, 2),
         "train_with_evaluations_img_s": round(overall, 2),
         "ratio": round(trained / rate, 4),
@@ -180,6 +182,8 @@ def main(arguments=None):
         f"({row['train_with_evaluations_img_s']:.1f} with evaluations and checkpoints), "
         f"bare step {row['bare_img_s']:.1f} images/s, ratio {row['ratio']:.3f} (aim {AIM})"
     )
+    if row["bare_spread"] > 1 - AIM:
+        print(f"the bare step's runs differ by {row['bare_spread']:.0%}: repeat this on a machine without other work")
     if arguments.json:
         record.save(arguments.json, row)
     return 0

@@ -207,7 +207,9 @@ def test_train_rate(train_rate, monkeypatch, tmp_path, capsys):
     assert config.augment and config.data != "synthetic" and config.steps == 3 * config.eval_every == figures["steps"]
     assert figures["streamed"] and len(figures["bare_runs_img_s"]) == 6
     assert figures["ratio"] == pytest.approx(figures["train_img_s"] / figures["bare_img_s"], abs=1e-3)
-    assert "aim 0.95" in capsys.readouterr().out
+    runs, told = figures["bare_runs_img_s"], capsys.readouterr().out
+    assert figures["bare_spread"] == pytest.approx(max(runs) / min(runs) - 1, abs=1e-3)
+    assert "aim 0.95" in told and ("repeat this" in told) == (figures["bare_spread"] > 0.05)
 
 
 def test_train_rate_leaves_the_first_interval_and_evaluations_out(train_rate, monkeypatch, tmp_path):
