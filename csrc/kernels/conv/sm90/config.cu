@@ -20,11 +20,16 @@ bool InThrees(const TapList& taps) {
   return true;
 }
 
+// Of 64 channels, of all sources.
+int64_t Chunks(const GemmArgs& g) {
+  int64_t chunks = 0;
+  for (int s = 0; s < g.sources; ++s) chunks += CeilDiv(g.source[s].channels, 64);
+  return chunks;
+}
+
 bool ServesStationary(const GemmConfig& c, const GemmArgs& g) {
   if (g.lists != 1 || g.stride != 1 || g.taps[0].count != 9 || !InThrees(g.taps[0])) return false;
-  int64_t groups = 0;  // of 64 channels
-  for (int s = 0; s < g.sources; ++s) groups += CeilDiv(g.source[s].channels, 64);
-  if (groups * 64 != c.stationary || CeilDiv(g.n, 64) * 64 != c.n) return false;
+  if (Chunks(g) * 64 != c.stationary || CeilDiv(g.n, 64) * 64 != c.n) return false;
   if (g.results == 2 && g.result[0].channels != 64) return false;
   return g.pooled == nullptr || (c.n == 64 && c.stationary == 64 && !g.transposed);
 }
@@ -32,6 +37,7 @@ bool ServesStationary(const GemmConfig& c, const GemmArgs& g) {
 bool Serves(const GemmConfig& c, const GemmArgs& g) {
   if (c.stationary > 0) return ServesStationary(c, g);
   if (c.pairs != (g.pooled != nullptr)) return false;
+  if (Chunks(g) < c.splits) return false;  // each block needs a part of the sum
   if (c.share == 3 && (g.lists != 1 || g.stride != 1 || !InThrees(g.taps[0]))) return false;
   return !c.pairs || (g.sources == 1 && !g.transposed && g.results == 1);
 }
@@ -40,7 +46,8 @@ bool Serves(const GemmConfig& c, const GemmArgs& g) {
 
 int ChooseGemm(const GemmArgs& g, int forced) {
   // How fast a multiprocessor full of such tiles is, as measured on an H200; in the order of kGemmConfigs.
-  constexpr double kGemmRate[kGemmConfigCount] = {0.83, 0.78, 0.88, 1.0, 1.0, 0.99, 0.97, 0.975, 0.55, 1.0, 1.0, 1.0};
+  constexpr double kGemmRate[kGemmConfigCount] = {0.83, 0.78, 0.88, 1.0, 1.0, 0.99, 0.97, 0.975, 0.55,
+                                                  1.0,  1.0,  1.0,  1.0, 1.0, 1.0,  1.0,  0.97,  0.97};
   const int64_t pixels = static_cast<int64_t>(g.batch) * (g.out_h + 1) * (g.out_w + 4) * g.lists;
   if (!g.vector || g.out_h > 32768 || g.out_w > 32768 || pixels + 4096 >= int64_t{1} << 31) return -1;
   if (forced >= 0 && forced < kGemmConfigCount && Serves(kGemmConfigs[forced], g)) return forced;
@@ -52,12 +59,13 @@ int ChooseGemm(const GemmArgs& g, int forced) {
     if (c.stationary > 0) return i;  // measured: always the fastest
     const int64_t pitch = g.out_w + c.share - 1, rows = g.batch * static_cast<int64_t>(g.out_h) * pitch;
     const int64_t tiles = CeilDiv(rows, 2 * c.warp_m) * CeilDiv(g.n, c.n) * g.lists;
-    int64_t steps = 0;  // of 64 channels and a tap, of the longest list
-    for (int source = 0; source < g.sources; ++source)
-      steps += CeilDiv(g.source[source].channels, 64) * g.taps[0].count;
-    // Cycles of a tile: products, and an epilogue that only a second block on the multiprocessor would hide.
-    const double tile = static_cast<double>(steps) * c.warp_m * c.n / 16 / kGemmRate[i] + (c.blocks == 1 ? 2500 : 800);
-    const double cost = static_cast<double>(CeilDiv(tiles, kMultiprocessors * c.blocks)) * tile * c.blocks;
+    const int64_t steps = Chunks(g) * g.taps[0].count;  // of 64 channels and a tap, of the longest list
+    // Cycles of a tile: products, and an epilogue that only a second block on the multiprocessor would hide. Clusters
+    // that add up a tile start later and exchange sums, and not all multiprocessors find partners.
+    const double products = static_cast<double>(steps) * c.warp_m * c.n / 16 / kGemmRate[i] / c.splits;
+    const double beside = c.splits == 4 ? 24000 : c.splits == 2 ? 15500 : c.blocks == 1 ? 2500 : 800;
+    const int64_t at_once = c.splits == 4 ? 30 : c.splits == 2 ? 66 : kMultiprocessors * c.blocks;
+    const double cost = static_cast<double>(CeilDiv(tiles, at_once)) * (products + beside) * c.blocks;
     if (best < 0 || cost < best_cost) best = i, best_cost = cost;
   }
   return best;

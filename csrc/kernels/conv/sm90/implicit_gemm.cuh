@@ -11,6 +11,9 @@
 // second row. Then a 2x2 pooling window is two neighbouring positions of both.
 //
 // Shared memory holds two rings of stages, since a load of pixels lasts longer than one of weights where it is shared.
+// kSplit: the sum is too long, and the tiles too few, for one block a tile. A cluster of blocks takes a share of the
+// sum each, then a share of the tile each, which it adds up from all of them through shared memory, in order.
+//
 // The epilogue sends 16 x 64 results of a warp at a time through shared memory, so that a lane stores 16 bytes and
 // eight lanes a line.
 #pragma once
@@ -40,6 +43,7 @@ struct KernelArgs {
   Divisor positions_per_image, positions_per_row;
   int batch, out_h, out_w, n;
   int tiles_m, tiles_n, tiles;
+  int splits;  // blocks of a cluster
   GemmResult result[2];
   int split;  // columns from here on belong to the second result
   const void* bias;
@@ -48,11 +52,11 @@ struct KernelArgs {
 };
 
 template <int kWarpM_, int kTileN_, int kShare_, bool kPairs_, bool kTransposed_, int kStagesA_, int kStagesB_,
-          int kBlocks_>
+          int kBlocks_, bool kSplit_ = false>
 struct Shape {
   static constexpr int kWarpM = kWarpM_;  // rows of the product of a warpgroup: 64 or 128
   static constexpr int kTileN = kTileN_, kShare = kShare_, kStagesA = kStagesA_, kStagesB = kStagesB_;
-  static constexpr bool kPairs = kPairs_, kTransposed = kTransposed_;
+  static constexpr bool kPairs = kPairs_, kTransposed = kTransposed_, kSplit = kSplit_;
   static constexpr int kBlocks = kBlocks_;  // at once on a multiprocessor
   // Two warpgroups multiply, and a warp loads; three more keep it company where registers are to move, which takes a
   // warpgroup.
@@ -76,6 +80,20 @@ __device__ TileIndex LocateTile(const KernelArgs& g, int tile) {
   return {rest / g.tiles_m, (tile - rest * g.tiles_n) * S::kTileN, static_cast<uint32_t>(rest % g.tiles_m) * kRows};
 }
 
+// A block's tiles, and its share of the loads of each.
+template <typename S>
+struct Schedule {
+  int tile, step, rank = 0;
+  __device__ explicit Schedule(const KernelArgs& g) : tile(blockIdx.x), step(gridDim.x) {
+    if constexpr (S::kSplit) rank = static_cast<int>(ptx::ClusterRank()), tile = blockIdx.x / g.splits, step = g.tiles;
+  }
+  __device__ int First(const KernelArgs& g, int loads) const { return S::kSplit ? loads * rank / g.splits : 0; }
+  __device__ int Last(const KernelArgs& g, int loads) const {
+    return S::kSplit ? loads * (rank + 1) / g.splits : loads;
+  }
+};
+__device__ inline int Loads(const KernelArgs& g, int list) { return (g.chunks[0] + g.chunks[1]) * g.groups[list]; }
+
 // The next of `kStages` stages; the parity of its barriers flips with each turn of the ring.
 template <int kStages>
 struct Ring {
@@ -94,8 +112,11 @@ template <typename S>
 __device__ void LoadTiles(const KernelArgs& g, uint32_t a_shared, uint32_t b_shared, const Barriers& barriers) {
   Ring<S::kStagesA> a;
   Ring<S::kStagesB> b;
-  for (int t = blockIdx.x; t < g.tiles; t += gridDim.x) {
+  const Schedule<S> schedule(g);
+  for (int t = schedule.tile; t < g.tiles; t += schedule.step) {
     const TileIndex tile = LocateTile<S>(g, t);
+    int load = 0;
+    const int first = schedule.First(g, Loads(g, tile.list)), last = schedule.Last(g, Loads(g, tile.list));
     Position at[2];
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
@@ -105,7 +126,8 @@ __device__ void LoadTiles(const KernelArgs& g, uint32_t a_shared, uint32_t b_sha
     }
     for (int s = 0; s < 2; ++s) {
       for (int chunk = 0; chunk < g.chunks[s]; ++chunk) {
-        for (int i = 0; i < g.groups[tile.list]; ++i) {
+        for (int i = 0; i < g.groups[tile.list]; ++i, ++load) {
+          if (S::kSplit && (load < first || load >= last)) continue;
           const TapGroup& group = g.group[tile.list][i];
           const uint32_t a_full = barriers.a_full + a.stage * 8;
           ptx::BarrierWait(barriers.a_empty + a.stage * 8, a.parity ^ 1);
@@ -195,6 +217,50 @@ __device__ Place Locate(const KernelArgs& g, const TileIndex& tile, Position at,
   return place;
 }
 
+// The rank that stores strip `unit` of a warpgroup's 64 x 64 results.
+template <typename S>
+__device__ int Owner(const KernelArgs& g, int unit) {
+  return unit * g.splits / (S::kWarpM / 64 * (S::kTileN / 64));
+}
+
+// The sums of a cluster's blocks: each gives the others what they store, into their stages, which are idle by then.
+template <typename S>
+__device__ void AddUp(const KernelArgs& g, int rank, int group_index, uint32_t stages,
+                      float (&sum)[S::kWarpM / 64][S::kTileN / 2]) {
+  constexpr int kStrips = S::kTileN / 64, kUnits = S::kWarpM / 64 * kStrips, kUnit = 64 * 64 * 4;
+  const int owned = kUnits / g.splits;
+  const auto slot = [&](int from, int to, int unit) {  // of what rank `from` gives to another
+    return stages + (((from < to ? from : from - 1) * owned + unit % owned) * 2 + group_index) * kUnit +
+           threadIdx.x % 128 * 16;
+  };
+  ptx::ClusterSync();
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    const int owner = Owner<S>(g, unit);
+    if (owner == rank) continue;
+    const uint32_t to = ptx::InCluster(slot(rank, owner, unit), owner);
+    const float* v = sum[unit / kStrips] + unit % kStrips * 32;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) ptx::StoreCluster4(to + i * 2048, v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+  }
+  ptx::ClusterSync();
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    if (Owner<S>(g, unit) != rank) continue;
+    float* v = sum[unit / kStrips] + unit % kStrips * 32;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      for (int from = 0; from < g.splits; ++from) {
+        const float4 w = from == rank ? make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3])
+                                      : ptx::LoadShared4(slot(from, rank, unit) + i * 2048);
+        total.x += w.x, total.y += w.y, total.z += w.z, total.w += w.w;
+      }
+      v[4 * i] = total.x, v[4 * i + 1] = total.y, v[4 * i + 2] = total.z, v[4 * i + 3] = total.w;
+    }
+  }
+}
+
 template <typename T, typename S>
 __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared, uint32_t b_shared, uint32_t strips,
                          const Barriers& barriers, Place* places) {
@@ -203,7 +269,8 @@ __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared
   const uint32_t strip = strips + (group_index * 4 + warp) * S::kStrip;
   Ring<S::kStagesA> a, a_done;
   Ring<S::kStagesB> b, b_done;
-  for (int t = blockIdx.x; t < g.tiles; t += gridDim.x) {
+  const Schedule<S> schedule(g);
+  for (int t = schedule.tile; t < g.tiles; t += schedule.step) {
     const TileIndex tile = LocateTile<S>(g, t);
     if (lane < kRounds * 16) {  // the rows of this warp, one a lane
       const int row = lane / 16 * 64 + warp * 16 + lane % 16;
@@ -212,7 +279,7 @@ __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared
     }
     __syncwarp();
     float sum[kRounds][S::kTileN / 2];
-    const int loads = (g.chunks[0] + g.chunks[1]) * g.groups[tile.list];
+    const int all_loads = Loads(g, tile.list), loads = schedule.Last(g, all_loads) - schedule.First(g, all_loads);
     int accumulate = 0;
 #pragma unroll 1
     for (int load = 0; load < loads; ++load) {
@@ -256,6 +323,7 @@ __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared
       ptx::BarrierArrive(barriers.a_empty + a_done.stage * 8);
     }
     a_done.Next(), b_done.Next();
+    if constexpr (S::kSplit) AddUp<S>(g, schedule.rank, group_index, a_shared, sum);
 
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
@@ -263,6 +331,7 @@ __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared
       const Place* rows = places + group_index * S::kWarpM + r * 64 + warp * 16 + lane / 8;
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
+        if (S::kSplit && Owner<S>(g, r * kStrips + s) != schedule.rank) continue;
         const int n = tile.n + s * 64 + lane % 8 * 8;
         const bool second = n >= g.split;
         const uint32_t column = (n - (second ? g.split : 0)) / kPack;

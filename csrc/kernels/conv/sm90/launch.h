@@ -41,6 +41,10 @@ int LaunchBFloat16(void* stream, const KernelArgs& args, int config, bool transp
 
 template <typename T, typename S>
 int LaunchShape(void* stream, const KernelArgs& g) {
+  if constexpr (S::kSplit) {
+    return LaunchClusters(ImplicitGemmKernel<T, S>, g.tiles * g.splits, g.splits, S::kThreads, S::kSharedBytes, stream,
+                          g);
+  }
   const int blocks = std::min(g.tiles, Multiprocessors() * S::kBlocks);
   return Launch(ImplicitGemmKernel<T, S>, blocks, S::kThreads, S::kSharedBytes, stream, g);
 }
@@ -66,8 +70,17 @@ int LaunchConfig(void* stream, const KernelArgs& g, int config) {
       return LaunchShape<T, Shape<128, 128, 1, false, kTransposed, 4, 4, 1>>(stream, g);
     case 7:
       return LaunchShape<T, Shape<64, 256, 1, false, kTransposed, 4, 4, 1>>(stream, g);
-    default:
+    case 8:
       return LaunchShape<T, Shape<128, 64, 1, false, kTransposed, 2, 3, 2>>(stream, g);
+    case 12:
+    case 13:
+      return LaunchShape<T, Shape<128, 128, 3, false, kTransposed, 3, 6, 1, true>>(stream, g);
+    case 14:
+    case 15:
+      if constexpr (!kTransposed) return LaunchShape<T, Shape<128, 128, 3, true, false, 3, 6, 1, true>>(stream, g);
+      return cudaErrorNotSupported;
+    default:
+      return LaunchShape<T, Shape<128, 128, 1, false, kTransposed, 4, 4, 1, true>>(stream, g);
   }
 }
 
