@@ -11,7 +11,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from unet_fast import reference
+from unet_fast import reference, training
+from unet_fast.data import pipeline
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -176,6 +177,59 @@ def test_table_and_plot(step, result, tmp_path, monkeypatch, capsys):
     assert "| torch amp compile | 8 | 96.00 | 1.20 |" in table and table.count("\n| ") == 50
     height, width, _ = matplotlib.image.imread(tmp_path / "plot.png").shape
     assert width > height > 500
+
+
+@pytest.fixture
+def train_rate(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
+    import train_rate
+
+    monkeypatch.setattr(train_rate, "RUN_SECONDS", 0.05)
+    monkeypatch.setattr(train_rate, "SECTIONS", 5)
+    monkeypatch.setattr(train_rate, "SIDE", 64)
+    monkeypatch.setattr(pipeline, "RESIDENT_BYTES", pipeline.RESIDENT_BYTES)  # main sets it; this sets it back
+    return train_rate
+
+
+def test_train_rate(train_rate, monkeypatch, tmp_path, capsys):
+    train, configs = training.train, []
+
+    def recorded(config, *args, **kwargs):
+        configs.append(config)
+        return train(config, *args, **kwargs)
+
+    monkeypatch.setattr(training, "train", recorded)
+    sizes = {"filters": 2, "depth": 1, "padding": "same", "size": 32, "batch": 2, "seconds": 0.2, "intervals": 3}
+    small = ["--stream", *(f"--{name}={value}" for name, value in sizes.items())]
+    assert train_rate.main([*small, "--json", str(tmp_path / "rate.json")]) == 0
+    figures = json.loads((tmp_path / "rate.json").read_text())
+    (config,) = configs
+    assert config.augment and config.data != "synthetic" and config.steps == 3 * config.eval_every == figures["steps"]
+    assert figures["streamed"] and len(figures["bare_runs_img_s"]) == 6
+    assert figures["ratio"] == pytest.approx(figures["train_img_s"] / figures["bare_img_s"], abs=1e-3)
+    runs, told = figures["bare_runs_img_s"], capsys.readouterr().out
+    assert figures["bare_spread"] == pytest.approx(max(runs) / min(runs) - 1, abs=1e-3)
+    assert "aim 0.95" in told and ("repeat this" in told) == (figures["bare_spread"] > 0.05)
+
+
+def test_train_rate_leaves_the_first_interval_and_evaluations_out(train_rate, monkeypatch, tmp_path):
+    rows = ["step,images_per_second,seconds", "10,1,100", "20,50,103", "30,70,106", "40,60,110"]
+    monkeypatch.setattr(training, "train", lambda *_, **__: (tmp_path / "history.csv").write_text("\n".join(rows)))
+    config = train_rate.TrainConfig(data="synthetic", batch=4)
+    assert train_rate.train_rates(config, tmp_path) == (60, 30 * 4 / 10)
+
+
+def test_train_rate_says_what_it_measures_and_what_is_wrong(train_rate, capsys):
+    with pytest.raises(SystemExit):
+        train_rate.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for words in ("rate of `unet-fast train`, from images on disk and with augmentation", "aim is 95 %", "--json FILE"):
+        assert words in told
+    with pytest.raises(SystemExit):
+        train_rate.main(["--intervals", "1"])
+    assert "expected at least 2" in capsys.readouterr().err
+    assert train_rate.main(["--precision", "float8"]) == 2
+    assert "precision" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")

@@ -15,6 +15,7 @@ import tensorflow as tf
 from unet_fast import training
 from unet_fast.cli import main
 from unet_fast.data import generate, read_png, read_tiff, write_png, write_tiff
+from unet_fast.step_loop import StepLoop
 
 SIZES = ["--filters", "4", "--depth", "2", "--padding", "same", "--size", "32", "--batch", "2", "--lr", "1e-3"]
 SMALL = [*SIZES, "--steps", "8", "--eval-every", "4"]
@@ -187,19 +188,14 @@ def test_a_full_disk_and_too_little_memory_are_one_line(data, tmp_path, capsys, 
 
 
 def test_interrupt(data, tmp_path, capsys, monkeypatch):
-    make = training._Trainer._make_train_step
+    advance = StepLoop.advance
 
-    def make_interrupting(self):
-        step = make(self)
-
-        def train_step(*batch):
-            signal.raise_signal(signal.SIGTERM)
-            return step(*batch)
-
-        return train_step
+    def interrupted(self, most):
+        signal.raise_signal(signal.SIGTERM)
+        return advance(self, most)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Trainer, "_make_train_step", make_interrupting)
+        patch.setattr(StepLoop, "advance", interrupted)
         assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), *SMALL]) == 128 + signal.SIGTERM
     captured = capsys.readouterr()
     stopped = f"unet-fast: stopped at step 1 of 8; go on with `unet-fast train --out {tmp_path / 'run'} --resume`\n"

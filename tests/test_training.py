@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_fast import checkpoints, evaluation, training
+from unet_fast import checkpoints, evaluation, step_loop, training
 from unet_fast.config import TrainConfig
-from unet_fast.data import Dataset, generate, write_tiff
+from unet_fast.data import Dataset, generate, pipeline, training_dataset, write_tiff
 from unet_fast.errors import UserError
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
+from unet_fast.step_loop import StepLoop
 
 SMALL = {"filters": 4, "depth": 2, "padding": "same", "size": 32, "batch": 2, "lr": 1e-3, "steps": 8, "eval_every": 3}
 TIMES = ("seconds", "images_per_second")
@@ -49,20 +50,17 @@ def state(run):
 
 
 def stop_after(monkeypatch, steps, signum=signal.SIGINT):
-    """Send this process a signal while step number `steps` of a training is under way."""
-    make, count = training._Trainer._make_train_step, iter(range(1, 10**6))
+    """Send this process a signal while the chunk that ends with step number `steps` of a training is under way."""
+    advance, left = StepLoop.advance, [steps]
 
-    def make_counting(self):
-        step = make(self)
+    def counting(self, most):
+        losses = advance(self, min(most, left[0]))
+        left[0] -= len(losses)
+        if not left[0]:
+            signal.raise_signal(signum)
+        return losses
 
-        def train_step(*batch):
-            if next(count) == steps:
-                signal.raise_signal(signum)
-            return step(*batch)
-
-        return train_step
-
-    monkeypatch.setattr(training._Trainer, "_make_train_step", make_counting)
+    monkeypatch.setattr(StepLoop, "advance", counting)
 
 
 def test_adam_l2_is_adam_on_the_whole_loss():
@@ -92,20 +90,46 @@ def test_adam_l2_is_saved_with_a_model(tmp_path):
 
 
 def test_the_loop_is_keras_fit(data, tmp_path):
-    """Four steps of the loop give the weights that compile and fit give."""
-    config = TrainConfig(data=data, **{**SMALL, "steps": 4, "eval_every": 4, "dropout": 0.0})
+    """Four steps of the loop give the weights that compile and fit give, dropout included."""
+    config = TrainConfig(data=data, **{**SMALL, "steps": 4, "eval_every": 4, "dropout": 0.5})
     training.train(config, tmp_path / "run")
 
     keras.utils.set_random_seed(0)
-    model = FusedUNet((32, 32, 1), filters=4, depth=2, padding="same", dropout=0.0)
+    model = FusedUNet((32, 32, 1), filters=4, depth=2, padding="same", dropout=0.5)
     dataset = evaluation.load_labelled(data)
     folds = checkpoints.read_json(tmp_path / "run" / "split.json")["folds"]
-    batches = training.training_dataset(dataset, folds[0]["train"], input_size=32, output_size=32, batch_size=2, seed=0)
+    batches = training_dataset(dataset, folds[0]["train"], input_size=32, output_size=32, batch_size=2, seed=0)
     model.compile(training.AdamL2(1e-3, 5e-4), DiceCrossEntropy())
     model.fit(batches, steps_per_epoch=4, verbose=0)
     # The best model is the only one that was evaluated.
     for a, b in zip(checkpoints.load_run(tmp_path / "run").model.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "resident", "lengths"), [(0.0, 2**30, [1] * 8), (1e9, 2**30, [1, 2, 3, 2]), (1e9, 0, [1, 2, 3, 2])]
+)
+def test_launches_change_nothing(trained, data, tmp_path, monkeypatch, seconds, resident, lengths):
+    """Launches of any length end at evaluations; history and weights are those of single steps, resident or streamed."""
+    whole, scores = trained
+    advance, launches = StepLoop.advance, []
+
+    def recorded(self, most):
+        launches.append(advance(self, most))
+        return launches[-1]
+
+    monkeypatch.setattr(step_loop, "_CHUNK_SECONDS", seconds)
+    monkeypatch.setattr(pipeline, "RESIDENT_BYTES", resident)
+    monkeypatch.setattr(StepLoop, "advance", recorded)
+    out = tmp_path / "run"
+    assert training.train(TrainConfig(data=data, **SMALL), out) == scores
+    assert [len(losses) for losses in launches] == lengths
+    losses = np.concatenate(launches)
+    for row, part in zip(history(out), (losses[:3], losses[3:6], losses[6:]), strict=True):
+        assert float(row["loss"]) == pytest.approx(part.mean())
+    assert history(out) == history(whole)
+    for name, array in state(out).items():
+        np.testing.assert_array_equal(array, state(whole)[name], err_msg=name)
 
 
 def test_what_a_run_leaves_behind(trained, data):

@@ -1,8 +1,8 @@
 """Training a network into the folder of a run.
 
 The recipe is that of NVIDIA's UNet_Medical: cross-entropy plus soft Dice plus 5e-4 times half the squared norm of all
-weights and biases, Adam with 1e-4, batches of 8 for 6400 steps. The loop is explicit rather than `Model.fit`, which reads
-the loss back after every step for its callbacks and so keeps a fast GPU waiting, and which can go on at epochs only.
+weights and biases, Adam with 1e-4, batches of 8 for 6400 steps. The loop is explicit rather than `Model.fit`, which can go
+on at epochs only and knows no way to stop within a launch of many steps; the steps themselves are `unet_fast.step_loop`.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ import rich.progress
 import tensorflow as tf
 
 from unet_fast import __version__, checkpoints, crossval, report
-from unet_fast.data import training_dataset
+from unet_fast.data import TrainingBatches
 from unet_fast.errors import UserError
 from unet_fast.evaluation import Evaluator, batches_of, load_labelled
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
 from unet_fast.models.geometry import nearest_input_sizes
+from unet_fast.step_loop import StepLoop
 
 _REFERENCE_SIZE = 572  # of the paper's and UNet_Medical's input, which unpadded networks of depth 1 to 5 all take
-_REFRESH = 1.0  # seconds between looks at the loss, each of which waits for the device
 _OVERLAYS = 4  # validation images in overlays.png
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was told to stop by a signal, and did so after its step; `signum` is the signal."""
+    """Training was told to stop by a signal, and did so after the steps under way; `signum` is the signal."""
 
     def __init__(self, message, signum):
         super().__init__(message)
@@ -71,7 +71,8 @@ class AdamL2(keras.optimizers.Adam):
 def train(config, out, *, resume=False, console=None):
     """Train a network into a folder, or go on with it.
 
-    Sets the global random seed. A first SIGINT or SIGTERM stops after the step at hand and saves; a second one at once.
+    Sets the global random seed. A first SIGINT or SIGTERM stops after the steps under way, half a second or so, and
+    saves; a second one does not save.
 
     Args:
         config: TrainConfig; to go on, the run's own from `TrainConfig.resumed`.
@@ -160,14 +161,14 @@ class _Trainer:
         self.optimizer.build(self.model.trainable_variables)
         self.step = 0
         self.seconds = 0.0
-        self.losses = []  # of the steps since the last evaluation: floats, and at the end tensors not yet read
+        self.losses = []  # of the steps since the last evaluation
         self.history = []
 
     def run(self, training, validation, *, resume):
         config = self.config
         if resume:
             self._restore()
-        batches = training_dataset(
+        batches = TrainingBatches(
             self.dataset,
             training,
             input_size=config.size,
@@ -175,10 +176,8 @@ class _Trainer:
             batch_size=config.batch,
             seed=config.seed,
             augment=config.augment,
-            start_step=self.step,
         )
-        if tf.config.list_physical_devices("GPU"):
-            batches = batches.apply(tf.data.experimental.prefetch_to_device("GPU:0"))
+        loop = StepLoop(self.model, self.optimizer, DiceCrossEntropy(backend=config.backend), batches, self.step)
         evaluator = Evaluator(self.model, batches_of(self.model, self.dataset, validation, config.batch))
         ops = "fused" if self.model.uses_fused_ops else "stock"
         self._say(
@@ -187,50 +186,34 @@ class _Trainer:
             f"{config.precision}, {ops} ops, XLA {'on' if self.model.jit_compile else 'off'}"
         )
         with _signals() as caught, self._bar() as show:
-            self._loop(iter(batches), evaluator, caught, show)
+            self._loop(loop, evaluator, caught, show)
         return self._finish(validation[:_OVERLAYS])
 
-    def _loop(self, batches, evaluator, caught, show):
-        config, train_step = self.config, self._make_train_step()
+    def _loop(self, loop, evaluator, caught, show):
+        config = self.config
         begin = time.monotonic() - self.seconds
-        looked, timed = time.monotonic(), None  # timed: (time, step) from which on the speed is taken
+        timed = None  # (time, step) from which on the speed is taken
         while self.step < config.steps:
-            self.losses.append(train_step(*next(batches)))
-            self.step += 1
-            evaluate = self.step % config.eval_every == 0 or self.step == config.steps
-            if timed is None or evaluate or caught or time.monotonic() - looked >= _REFRESH:
-                self.losses = [float(loss) for loss in self.losses]
-                self._check_health()
-                looked = time.monotonic()
-                timed = timed or (looked, self.step)  # after the first step, which traces, compiles and tunes
-                steps = self.step - timed[1]
-                speed = steps * config.batch / (looked - timed[0]) if steps else None
-                show(self.losses[-1], speed)
-            if evaluate:
-                self.seconds = looked - begin
+            due = min((self.step // config.eval_every + 1) * config.eval_every, config.steps)
+            losses = loop.advance(due - self.step)
+            self.losses += losses
+            self.step += len(losses)
+            self._check_health()
+            now = time.monotonic()
+            timed = timed or (now, self.step)  # after the first step, which traces, compiles and tunes
+            steps = self.step - timed[1]
+            speed = steps * config.batch / (now - timed[0]) if steps else None
+            show(losses[-1], speed)
+            if self.step == due:
+                self.seconds = now - begin
                 self._evaluate(evaluator, speed)
                 timed = time.monotonic(), self.step
-            if evaluate or caught:
+            if self.step == due or caught:
                 self.seconds = time.monotonic() - begin
                 self._save()
             if caught:
                 mend = f"go on with `unet-fast train --out {self.out} --resume`"
                 raise Interrupted(f"stopped at step {self.step} of {config.steps}; {mend}", caught[0])
-
-    def _make_train_step(self):
-        model, optimizer = self.model, self.optimizer
-        loss_fn = DiceCrossEntropy(backend=self.config.backend)
-
-        @tf.function(jit_compile=model.jit_compile, autograph=False)
-        def train_step(images, labels):
-            with tf.GradientTape() as tape:
-                loss = loss_fn(labels, model(images, training=True))
-                scaled = optimizer.scale_loss(loss)
-            variables = model.trainable_variables
-            optimizer.apply(tape.gradient(scaled, variables), variables)
-            return loss
-
-        return train_step
 
     @property
     def _loss_scale(self):

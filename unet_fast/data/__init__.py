@@ -1,9 +1,17 @@
 """Data: reading, checking, generating, augmenting and feeding images and masks."""
 
-from unet_fast.data.augment import augment_sample, center_crop, normalize, prepare_image, prepare_mask
+from unet_fast.data.augment import (
+    augment_batch,
+    augment_sample,
+    augmentation_draws,
+    center_crop,
+    normalize,
+    prepare_image,
+    prepare_mask,
+)
 from unet_fast.data.dataset import Dataset, DatasetSpec
 from unet_fast.data.folder import load_dataset
-from unet_fast.data.pipeline import evaluation_dataset, training_dataset
+from unet_fast.data.pipeline import TrainingBatches, evaluation_dataset, training_dataset
 from unet_fast.data.png import read_png, write_png
 from unet_fast.data.synthetic import generate
 from unet_fast.data.tiff import read_tiff, write_tiff
@@ -11,7 +19,10 @@ from unet_fast.data.tiff import read_tiff, write_tiff
 __all__ = [
     "Dataset",
     "DatasetSpec",
+    "TrainingBatches",
+    "augment_batch",
     "augment_sample",
+    "augmentation_draws",
     "center_crop",
     "evaluation_dataset",
     "generate",

@@ -1,11 +1,14 @@
-"""Preprocessing and augmentation of one sample, as TensorFlow functions for a `tf.data` pipeline.
+"""Preprocessing and augmentation of batches, as TensorFlow functions that run anywhere: in `tf.data`, in a step, under XLA.
 
 They follow NVIDIA's UNet_Medical: normalise to [-1, 1], resize bilinearly to the network's output size, pad with zeros
 to its input size; then flip, cut a random box of the padded image and resize it back, shift the brightness, clip.
-Randomness is stateless: a seed gives the same result on any machine, whatever runs beside it.
+Randomness is stateless: a seed gives the same result on any machine, whatever runs beside it. The draws are apart from
+their use, so that they can be made on the CPU, where each sample's seed gives the same numbers on any device and in any batch.
 """
 
 import tensorflow as tf
+
+from unet_fast.data.resample import box_positions, resample, resize_positions
 
 _MAX_CROP = 0.3  # each edge of the box moves inwards by up to this share of the side
 _MAX_BRIGHTNESS = 0.2  # of the normalised values, whose range is 2
@@ -33,15 +36,15 @@ def normalize(image, value_range):
 
 
 def prepare_image(image, *, value_range, input_size, output_size):
-    """Bring an image to the network's input: normalised, resized to the output size, padded with zeros.
+    """Bring images to the network's input: normalised, resized to the output size, padded with zeros.
 
     Args:
-        image: uint8, uint16 or float32 `[H, W, C]`.
+        image: uint8, uint16 or float32 `[H, W, C]`, or a batch `[N, H, W, C]`.
         value_range: as `normalize`.
         input_size, output_size: `(height, width)` of the network's input and output in pixels, the output no larger.
 
     Returns:
-        float32 `[*input_size, C]`; values -1..1, and 0 in the padding.
+        float32 `[*input_size, C]` or `[N, *input_size, C]`; values -1..1, and 0 in the padding.
 
     Example:
 
@@ -51,23 +54,26 @@ def prepare_image(image, *, value_range, input_size, output_size):
     >>> prepare_image(image, value_range=(0, 255), input_size=(572, 572), output_size=(388, 388)).shape
     TensorShape([572, 572, 1])
     """
-    image = tf.image.resize(normalize(image, value_range), output_size)
-    return tf.image.resize_with_crop_or_pad(image, *input_size)
+    if len(image.shape) == 3:
+        sizes = {"input_size": input_size, "output_size": output_size}
+        return prepare_image(image[None], value_range=value_range, **sizes)[0]
+    resized = _resized(normalize(image, value_range), output_size, nearest=False)
+    return _padded(resized, input_size)
 
 
 def prepare_mask(mask, *, num_classes, input_size, output_size):
-    """Bring a mask to the network's input geometry, with class 0 in the padding.
+    """Bring masks to the network's input geometry, with class 0 in the padding.
 
     Two classes are interpolated bilinearly and cut at 0.5, which follows an edge more finely than the nearest pixel;
     more than two have no order to interpolate in and take the nearest.
 
     Args:
-        mask: uint8 class indices `[H, W]`.
+        mask: uint8 class indices `[H, W]`, or a batch `[N, H, W]`.
         num_classes: number of classes.
         input_size, output_size: as `prepare_image`.
 
     Returns:
-        uint8 class indices `[*input_size]`.
+        uint8 class indices `[*input_size]` or `[N, *input_size]`.
 
     Example:
 
@@ -77,21 +83,22 @@ def prepare_mask(mask, *, num_classes, input_size, output_size):
     >>> prepare_mask(mask, num_classes=2, input_size=(572, 572), output_size=(388, 388)).numpy().sum() == 388**2
     np.True_
     """
-    method = "bilinear" if num_classes == 2 else "nearest"
-    resized = tf.image.resize(tf.cast(mask[..., None], tf.float32), output_size, method=method)
-    classes = _to_classes(resized, num_classes)
-    return tf.image.resize_with_crop_or_pad(classes, *input_size)[..., 0]
+    if len(mask.shape) == 2:
+        sizes = {"input_size": input_size, "output_size": output_size}
+        return prepare_mask(mask[None], num_classes=num_classes, **sizes)[0]
+    resized = _resized(_mask_values(mask, num_classes), output_size, nearest=num_classes > 2)
+    return _padded(_to_classes(resized, num_classes), input_size)[..., 0]
 
 
 def center_crop(mask, output_size):
-    """Cut the middle out of a mask, where the network's output lies.
+    """Cut the middle out of masks, where the network's output lies.
 
     Args:
-        mask: `[H, W]`.
+        mask: `[..., H, W]`.
         output_size: `(height, width)`, at most the mask's.
 
     Returns:
-        `[*output_size]`, of the mask's type.
+        `[..., *output_size]`, of the mask's type.
 
     Example:
 
@@ -100,21 +107,82 @@ def center_crop(mask, output_size):
     >>> center_crop(np.arange(16).reshape(4, 4), (2, 2)).tolist()
     [[5, 6], [9, 10]]
     """
-    top, left = (_offset(size, wanted) for size, wanted in zip(mask.shape, output_size, strict=True))
-    return mask[top : top + output_size[0], left : left + output_size[1]]
+    top, left = (_offset(size, wanted) for size, wanted in zip(mask.shape[-2:], output_size, strict=True))
+    return mask[..., top : top + output_size[0], left : left + output_size[1]]
 
 
-def augment_sample(image, mask, *, num_classes, output_size, seed):
-    """Augment a prepared sample; image and mask are moved alike.
+def augmentation_draws(seed):
+    """The random numbers that augment a sample.
+
+    Args:
+        seed: two integers; equal seeds give equal numbers.
+
+    Returns:
+        float32 `[7]` in [0, 1): how far the box's top, left, bottom and right move inwards, whether to flip vertically and
+        horizontally (above 1/2), and the brightness.
+
+    Example:
+
+    >>> from unet_fast.data import augmentation_draws
+    >>> augmentation_draws((0, 1)).shape
+    TensorShape([7])
+    """
+    return tf.random.stateless_uniform([7], seed)
+
+
+def augment_batch(images, masks, draws, *, num_classes, output_size):
+    """Augment prepared samples; image and mask are moved alike, each sample by its own draws alone.
 
     Each flip with probability 1/2; a box whose edges each moved inwards by U(0, 0.3) of the side, resized back;
     brightness shifted by U(-0.2, 0.2); clipped to [-1, 1]. The padding is part of the image, as in UNet_Medical.
 
     Args:
+        images: float32 `[N, H, W, C]` from `prepare_image`, values -1..1.
+        masks: uint8 class indices `[N, H, W]` from `prepare_mask`.
+        draws: float32 `[N, 7]` from `augmentation_draws`.
+        num_classes: number of classes; two are interpolated, more take the nearest, as in `prepare_mask`.
+        output_size: `(height, width)` of the masks' middle that is wanted.
+
+    Returns:
+        `(images, masks)`: float32 `[N, H, W, C]`, and uint8 `[N, *output_size]`.
+
+    Example:
+
+    >>> import numpy as np, tensorflow as tf
+    >>> from unet_fast.data import augment_batch, augmentation_draws
+    >>> images, masks = np.zeros((2, 64, 64, 1), np.float32), np.ones((2, 64, 64), np.uint8)
+    >>> draws = tf.stack([augmentation_draws((0, k)) for k in range(2)])
+    >>> images, masks = augment_batch(images, masks, draws, num_classes=2, output_size=(48, 48))
+    >>> images.shape, masks.shape, masks.dtype
+    (TensorShape([2, 64, 64, 1]), TensorShape([2, 48, 48]), tf.uint8)
+    """
+    exact = tf.cast(draws, tf.float64)  # see `resample`
+    # The box's first and last row and column. Swapped ends flip for nothing, and the mask is sampled at its final size
+    # only: what flipping, resizing and cropping in turn give, for a quarter less work.
+    first, last = exact[:, :2] * _MAX_CROP, 1 - exact[:, 2:4] * _MAX_CROP
+    flip = exact[:, 4:6] > 0.5
+    first, last = tf.where(flip, 1 - first, first), tf.where(flip, 1 - last, last)
+    grid = [
+        box_positions(first[:, axis] * (side - 1), last[:, axis] * (side - 1), side)
+        for axis, side in enumerate(images.shape[1:3])
+    ]
+    images = resample(images, *grid)
+    brightness = ((2 * draws[:, 6] - 1) * _MAX_BRIGHTNESS)[:, None, None, None]
+    images = tf.clip_by_value(images + brightness, -1, 1)
+
+    starts = [_offset(side, wanted) for side, wanted in zip(masks.shape[1:], output_size, strict=True)]
+    middle = [g[:, start : start + wanted] for g, start, wanted in zip(grid, starts, output_size, strict=True)]
+    masks = resample(_mask_values(masks, num_classes), *middle, nearest=num_classes > 2)
+    return images, _to_classes(masks, num_classes)[..., 0]
+
+
+def augment_sample(image, mask, *, num_classes, output_size, seed):
+    """`augment_batch` of a single sample.
+
+    Args:
         image: float32 `[H, W, C]` from `prepare_image`, values -1..1.
         mask: uint8 class indices `[H, W]` from `prepare_mask`.
-        num_classes: number of classes; two are interpolated, more take the nearest, as in `prepare_mask`.
-        output_size: `(height, width)` of the mask's middle that is wanted.
+        num_classes, output_size: as `augment_batch`.
         seed: two integers; equal seeds give equal samples.
 
     Returns:
@@ -129,26 +197,11 @@ def augment_sample(image, mask, *, num_classes, output_size, seed):
     >>> image.shape, mask.shape, mask.dtype
     (TensorShape([64, 64, 1]), TensorShape([48, 48]), tf.uint8)
     """
-    draws = tf.random.stateless_uniform([7], seed)
-    size = image.shape[:2]
-    # Relative coordinates of the box's first and last row and column. Swapped ends flip for nothing, and the mask is
-    # sampled at its final size only: what flipping, resizing and cropping in turn give, for a quarter less work.
-    first = draws[:2] * _MAX_CROP
-    last = 1 - draws[2:4] * _MAX_CROP
-    flip = draws[4:6] > 0.5
-    first, last = tf.where(flip, 1 - first, first), tf.where(flip, 1 - last, last)
-    boxes = tf.concat([first, last], 0)[None]
-    image = tf.image.crop_and_resize(image[None], boxes, [0], size)[0]
-    image = tf.clip_by_value(image + (2 * draws[6] - 1) * _MAX_BRIGHTNESS, -1, 1)
-
-    span = [side - 1 for side in size]
-    start = [_offset(side, wanted) for side, wanted in zip(size, output_size, strict=True)]
-    begin = [s / n for s, n in zip(start, span, strict=True)]
-    end = [(s + wanted - 1) / n for s, wanted, n in zip(start, output_size, span, strict=True)]
-    boxes = tf.concat([first + (last - first) * begin, first + (last - first) * end], 0)[None]
-    method = "bilinear" if num_classes == 2 else "nearest"
-    mask = tf.image.crop_and_resize(mask[None, ..., None], boxes, [0], output_size, method=method)[0]
-    return image, _to_classes(mask, num_classes)[..., 0]
+    draws = augmentation_draws(seed)
+    images, masks = augment_batch(
+        image[None], mask[None], draws[None], num_classes=num_classes, output_size=output_size
+    )
+    return images[0], masks[0]
 
 
 def _offset(size, wanted):
@@ -156,6 +209,23 @@ def _offset(size, wanted):
     return (size - wanted) // 2
 
 
-def _to_classes(resized, num_classes):
-    """uint8 class indices from a resized mask, float32 or (nearest) uint8."""
-    return tf.cast(resized >= 0.5 if num_classes == 2 else resized, tf.uint8)
+def _resized(images, size, *, nearest):
+    rows, columns = (resize_positions(side, wanted) for side, wanted in zip(images.shape[1:3], size, strict=True))
+    return resample(images, rows, columns, nearest=nearest)
+
+
+def _padded(images, size):
+    """`[N, H, W, C]` in the middle of zeros `[N, *size, C]`."""
+    before = [_offset(wanted, side) for side, wanted in zip(images.shape[1:3], size, strict=True)]
+    after = [wanted - side - b for side, wanted, b in zip(images.shape[1:3], size, before, strict=True)]
+    return tf.pad(images, ((0, 0), *zip(before, after, strict=True), (0, 0)))
+
+
+def _mask_values(masks, num_classes):
+    """`[N, H, W, 1]` to resample: float32 of two classes, which are blended, or the indices themselves."""
+    return tf.cast(masks, tf.float32 if num_classes == 2 else tf.uint8)[..., None]
+
+
+def _to_classes(resampled, num_classes):
+    """uint8 class indices from resampled `_mask_values`."""
+    return tf.cast(resampled >= 0.5, tf.uint8) if num_classes == 2 else resampled

@@ -1,18 +1,27 @@
-"""`tf.data` pipelines: an endless, reproducible, resumable one for training; one pass in order for evaluation."""
+"""Batches: endless, reproducible, resumable ones for training; one pass in order for evaluation.
+
+Training batches come raw, as they lie in the data set, beside the random numbers of their augmentation; what makes the
+network's input of them is one compiled function that runs wherever the step runs. A GPU so receives uint8 or nothing at
+all, and does in a fraction of a millisecond what takes a CPU core milliseconds a sample.
+"""
 
 import numpy as np
 import tensorflow as tf
 
-from unet_fast.data.augment import augment_sample, center_crop, prepare_image, prepare_mask
+from unet_fast.data.augment import augment_batch, augmentation_draws, center_crop, prepare_image, prepare_mask
 from unet_fast.errors import UserError
 
+RESIDENT_BYTES = 2**30  # training images and masks up to this size are put on the device once, for good
+_BLOCK_BYTES = 2**26  # of larger ones, what goes to the device at a time
+_BLOCK_STEPS = 256  # steps that are planned at a time
 
-def training_dataset(dataset, indices, *, input_size, output_size, batch_size, seed, augment=True, start_step=0):
-    """Endless batches of shuffled, augmented samples.
+
+class TrainingBatches:
+    """Endless batches of shuffled samples, raw, and the function that prepares and augments them.
 
     Every epoch is a new permutation of `indices`, and batches run on across epochs. Batch number `s` depends on the
-    arguments and `s` alone, whatever the number of threads: `start_step=s` resumes with the very batches that an
-    uninterrupted run would have seen.
+    arguments and `s` alone, sample number `k` on the seed and `k` alone, whatever the number of threads, the device or
+    the batch around it.
 
     Args:
         dataset: `Dataset` with masks.
@@ -21,6 +30,127 @@ def training_dataset(dataset, indices, *, input_size, output_size, batch_size, s
         batch_size: samples a batch.
         seed: integer of the shuffling and the augmentation.
         augment: whether to augment; shuffled in any case.
+
+    Attributes:
+        batch_size: as given.
+        prepare: tf.function of a raw batch `(images [B, H, W, C], masks [B, H, W], draws [B, 7])`; returns `(x, y)`:
+            float32 `[B, *input_size, C]` in [-1, 1], and uint8 class indices `[B, *output_size]`. Compiled by XLA, as
+            an own program or as part of the one that calls it.
+
+    Raises:
+        UserError: the data set has no masks; no or impossible indices; an output larger than the input; a batch below
+            1.
+
+    Example, preparing within the step that Keras' `fit` compiles:
+
+    >>> from unet_fast import FusedUNet, losses
+    >>> from unet_fast.data import Dataset, TrainingBatches, generate
+    >>> data = Dataset.from_arrays(*generate(5, size=(64, 64)))
+    >>> batches = TrainingBatches(data, range(4), input_size=32, output_size=32, batch_size=2, seed=0)
+    >>> class Network(FusedUNet):
+    ...     def train_step(self, raw):
+    ...         return super().train_step(batches.prepare(*raw))
+    >>> model = Network((32, 32, 1), filters=2, depth=1, padding="same")
+    >>> model.compile("adam", losses.DiceCrossEntropy(), steps_per_execution=2)
+    >>> len(model.fit(batches.raw(), steps_per_epoch=4, verbose=0).history["loss"])
+    1
+    """
+
+    def __init__(self, dataset, indices, *, input_size, output_size, batch_size, seed, augment=True):
+        self._samples = samples = _Samples(dataset, indices, input_size, output_size, batch_size)
+        self.batch_size, self._seed = batch_size, seed
+
+        @tf.function(jit_compile=True, autograph=False)
+        def prepare(images, masks, draws):
+            images, masks = samples.image(images), samples.mask(masks)
+            if not augment:
+                return images, center_crop(masks, samples.output_size)
+            return augment_batch(
+                images, masks, draws, num_classes=dataset.spec.num_classes, output_size=samples.output_size
+            )
+
+        self.prepare = prepare
+
+    def raw(self, start_step=0):
+        """The batches from number `start_step` on.
+
+        Returns:
+            tf.data.Dataset of `(images, masks, draws)`: images `[B, H, W, C]` and uint8 masks `[B, H, W]` as in the data
+            set, and float32 `[B, 7]`, the random numbers of their augmentation.
+
+        Raises:
+            UserError: a negative step.
+        """
+        stream = self._plan(start_step).batch(self.batch_size, drop_remainder=True)
+        stream = stream.map(self._load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return _finish(_endless(stream))
+
+    def blocks(self, start_step, device):
+        """The batches from number `start_step` on for a loop that runs many steps at a time, in blocks of equal size.
+
+        A training set of up to `RESIDENT_BYTES` is put on the device, and a block is a plan of steps. Of a larger one a
+        block holds the samples of a few steps, and the next blocks are on their way while one is used.
+
+        Args:
+            start_step: number of the first batch, at least 0.
+            device: "GPU:0" or "CPU:0", where the blocks shall be.
+
+        Yields:
+            `(images [M, H, W, C], masks [M, H, W], rows [S, B], draws [S, B, 7])`: a block of S steps. Step `i` takes the
+            samples `rows[i]`, int64, of `images` and `masks`, and `draws[i]`.
+
+        Raises:
+            UserError: a negative step.
+        """
+        samples, size = self._samples, self.batch_size
+        sample_bytes = sum(a[0].nbytes for a in (samples.dataset.images, samples.dataset.masks))
+        if sample_bytes * len(samples.indices) <= RESIDENT_BYTES:
+            with tf.device(device):
+                resident = [tf.constant(a[samples.indices]) for a in (samples.dataset.images, samples.dataset.masks)]
+            stream = self._plan(start_step).batch(size, drop_remainder=True).batch(_BLOCK_STEPS, drop_remainder=True)
+            return ((*resident, *block) for block in _on_device(stream, device))
+        steps = min(max(_BLOCK_BYTES // (sample_bytes * size), 1), _BLOCK_STEPS)
+        rows = tf.reshape(tf.range(steps * size, dtype=tf.int64), (steps, size))
+
+        def load(position, draws):
+            images, masks, draws = self._load(position, draws)
+            return images, masks, rows, tf.reshape(draws, (steps, size, -1))
+
+        stream = self._plan(start_step).batch(steps * size, drop_remainder=True)
+        return iter(_on_device(stream.map(load, num_parallel_calls=2, deterministic=True), device))
+
+    def _plan(self, start_step):
+        """Endless samples from batch number `start_step` on: `(position in the indices, random numbers [7])`."""
+        if start_step < 0:
+            raise UserError(f"expected a first step of at least 0, got {start_step}")
+        seed, count = self._seed, len(self._samples.indices)
+        epoch, position = divmod(start_step * self.batch_size, count)
+
+        def permutation(epoch):
+            # Samples use the seeds (seed, k) with k at least 0, epochs those below.
+            order = tf.random.experimental.stateless_shuffle(tf.range(count, dtype=tf.int64), seed=[seed, -1 - epoch])
+            return tf.data.Dataset.from_tensor_slices(order)
+
+        def draw(k, position):
+            return position, augmentation_draws(tf.stack([tf.constant(seed, tf.int64), k]))
+
+        stream = tf.data.Dataset.range(epoch, tf.int64.max).flat_map(permutation).skip(position)
+        stream = stream.enumerate(start=start_step * self.batch_size)
+        return stream.map(draw, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+    def _load(self, positions, draws):
+        index = tf.gather(self._samples.indices, positions)
+        return tf.gather(self._samples.images, index), tf.gather(self._samples.masks, index), draws
+
+
+def training_dataset(dataset, indices, *, input_size, output_size, batch_size, seed, augment=True, start_step=0):
+    """Endless batches of shuffled samples, prepared and augmented on the CPU, such as `Model.fit` takes them.
+
+    `start_step=s` resumes with the very batches that an uninterrupted run would have seen. `TrainingBatches` has the
+    same batches with the work left to the device.
+
+    Args:
+        dataset, indices, input_size, output_size, batch_size, seed, augment: as `TrainingBatches`.
         start_step: number of the first batch.
 
     Returns:
@@ -28,8 +158,7 @@ def training_dataset(dataset, indices, *, input_size, output_size, batch_size, s
         `[B, *output_size]`.
 
     Raises:
-        UserError: the data set has no masks; no or impossible indices; an output larger than the input; a batch below
-            1; a negative step.
+        UserError: as `TrainingBatches`, or a negative step.
 
     Example:
 
@@ -39,41 +168,23 @@ def training_dataset(dataset, indices, *, input_size, output_size, batch_size, s
     >>> batches.element_spec[1].shape
     TensorShape([8, 388, 388])
     """
-    sample = _Samples(dataset, indices, input_size, output_size, batch_size)
-    if start_step < 0:
-        raise UserError(f"expected a first step of at least 0, got {start_step}")
-    epoch, position = divmod(start_step * batch_size, len(sample.indices))
-
-    def permutation(epoch):
-        # Samples use the seeds (seed, k) with k at least 0, epochs those below.
-        return tf.data.Dataset.from_tensor_slices(
-            tf.random.experimental.stateless_shuffle(sample.indices, seed=[seed, -1 - epoch])
-        )
-
-    def load(k, index):
-        image, mask = sample.image(index), sample.mask(index)
-        if not augment:
-            return image, center_crop(mask, sample.output_size)
-        return augment_sample(
-            image,
-            mask,
-            num_classes=dataset.spec.num_classes,
-            output_size=sample.output_size,
-            seed=tf.stack([tf.constant(seed, tf.int64), k]),
-        )
-
-    stream = tf.data.Dataset.range(epoch, tf.int64.max).flat_map(permutation).skip(position)
-    stream = stream.enumerate(start=start_step * batch_size)
-    stream = stream.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    stream = stream.batch(batch_size, drop_remainder=True)
-    stream = stream.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-    return _finish(stream)
+    batches = TrainingBatches(
+        dataset,
+        indices,
+        input_size=input_size,
+        output_size=output_size,
+        batch_size=batch_size,
+        seed=seed,
+        augment=augment,
+    )
+    prepared = batches.raw(start_step).map(batches.prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return prepared.prefetch(tf.data.AUTOTUNE)
 
 
 def evaluation_dataset(dataset, indices, *, input_size, output_size, batch_size):
     """One pass over `indices` in their order, not augmented; the last batch may be short.
 
-    Args, errors: as `training_dataset`.
+    Args, errors: as `TrainingBatches`.
 
     Returns:
         tf.data.Dataset of `(x, y)`, as `training_dataset`'s, of known length.
@@ -85,18 +196,19 @@ def evaluation_dataset(dataset, indices, *, input_size, output_size, batch_size)
     >>> len(evaluation_dataset(data, range(5), input_size=572, output_size=388, batch_size=4))
     2
     """
-    sample = _Samples(dataset, indices, input_size, output_size, batch_size)
+    samples = _Samples(dataset, indices, input_size, output_size, batch_size)
 
     def load(index):
-        return sample.image(index), center_crop(sample.mask(index), sample.output_size)
+        image, mask = tf.gather(samples.images, index), tf.gather(samples.masks, index)
+        return samples.image(image), center_crop(samples.mask(mask), samples.output_size)
 
-    stream = tf.data.Dataset.from_tensor_slices(sample.indices)
+    stream = tf.data.Dataset.from_tensor_slices(samples.indices)
     stream = stream.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return _finish(stream.batch(batch_size))
 
 
 class _Samples:
-    """Checked arguments, and the prepared image `[*input_size, C]` and mask `[*input_size]` of an index."""
+    """Checked arguments, the data as tensors, and what prepares them."""
 
     def __init__(self, dataset, indices, input_size, output_size, batch_size):
         if dataset.masks is None:
@@ -114,22 +226,24 @@ class _Samples:
                 "expected an input of at least 2 pixels a side and an output no larger, got "
                 f"{input_size} and {output_size}"
             )
-        self.spec = dataset.spec
+        self.dataset = dataset
         with tf.device("CPU:0"):  # else they would go to the GPU, and every batch back
             self.images, self.masks = tf.constant(dataset.images), tf.constant(dataset.masks)
 
-    def image(self, index):
+    def image(self, images):
+        """`prepare_image` for these sizes."""
         return prepare_image(
-            tf.gather(self.images, index),
-            value_range=self.spec.value_range,
+            images,
+            value_range=self.dataset.spec.value_range,
             input_size=self.input_size,
             output_size=self.output_size,
         )
 
-    def mask(self, index):
+    def mask(self, masks):
+        """`prepare_mask` for these sizes."""
         return prepare_mask(
-            tf.gather(self.masks, index),
-            num_classes=self.spec.num_classes,
+            masks,
+            num_classes=self.dataset.spec.num_classes,
             input_size=self.input_size,
             output_size=self.output_size,
         )
@@ -139,8 +253,19 @@ def _pair(size):
     return (int(size), int(size)) if np.ndim(size) == 0 else tuple(map(int, size))
 
 
+def _endless(stream):
+    return stream.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+
+
 def _finish(stream):
     options = tf.data.Options()
     # Data is memory, not files: several workers take shares of the same stream.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return stream.with_options(options).prefetch(tf.data.AUTOTUNE)
+
+
+def _on_device(stream, device):
+    """The stream's elements on a device, the next ones copied while one is used."""
+    if device.startswith("CPU"):
+        return stream.prefetch(1)
+    return stream.apply(tf.data.experimental.prefetch_to_device(device, buffer_size=2))

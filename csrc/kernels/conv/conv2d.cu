@@ -55,7 +55,7 @@ int Dgrad(void* stream, const Conv2DProblem& p, const Conv2DGradient& d, const v
   g.taps[0] = Taps(p, /*backwards=*/true);
   // Only the columns that are wanted.
   g.result[0] = d.dx != nullptr ? Result(XSource(p, d.x), d.dx, p.input_is_relu ? d.x : nullptr) : GemmResult{};
-  if (d.dskip != nullptr) {
+  if (d.dskip != nullptr && p.skip_channels > 0) {
     const GemmSource skip = SkipSource(p, d.skip);
     g.results = 2;
     g.result[1] = Result(DskipSource(p, d.dskip), d.dskip, p.input_is_relu ? skip.data : nullptr);

@@ -27,6 +27,7 @@ __device__ void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+#define UNET_FAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define UNET_FAST_D8(i)                                                                                       \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
@@ -72,6 +73,53 @@ __device__ void WgmmaWait() {
       : UNET_FAST_D32(0), UNET_FAST_D32(32), UNET_FAST_D32(64), UNET_FAST_D32(96)                            \
       : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
 
+// A in registers, as mma.m16n8k16 has it: a[0] rows as of d, columns 2 * (t % 4) and the next; a[1] 8 rows on; a[2] and
+// a[3] 8 columns on. B is K-major.
+#define UNET_FAST_WGMMA_A48(type)                                                                       \
+  asm volatile(                                                                                         \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %29, 0;\n"                                                      \
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32." type "." type                                       \
+      " {"                                                                                              \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+      "%21, %22, %23"                                                                                   \
+      "}, {%24, %25, %26, %27}, %28, p, 1, 1, 0;\n}\n"                                                  \
+      : UNET_FAST_D8(0), UNET_FAST_D8(8), UNET_FAST_D8(16)                                              \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+
+#define UNET_FAST_WGMMA_A56(type)                                                                       \
+  asm volatile(                                                                                         \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %33, 0;\n"                                                      \
+      "wgmma.mma_async.sync.aligned.m64n56k16.f32." type "." type                                       \
+      " {"                                                                                              \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+      "%21, %22, %23, %24, %25, %26, %27"                                                               \
+      "}, {%28, %29, %30, %31}, %32, p, 1, 1, 0;\n}\n"                                                  \
+      : UNET_FAST_D8(0), UNET_FAST_D8(8), UNET_FAST_D8(16), UNET_FAST_D4(24)                            \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+
+#define UNET_FAST_WGMMA_A64(type)                                                                       \
+  asm volatile(                                                                                         \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                      \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                       \
+      " {"                                                                                              \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                                           \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"                                                  \
+      : UNET_FAST_D32(0)                                                                                \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+
+template <typename T, int kN>
+__device__ void WgmmaA(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  static_assert(kN == 48 || kN == 56 || kN == 64);
+  if constexpr (kN == 48 && kHalf) UNET_FAST_WGMMA_A48("f16");
+  if constexpr (kN == 48 && !kHalf) UNET_FAST_WGMMA_A48("bf16");
+  if constexpr (kN == 56 && kHalf) UNET_FAST_WGMMA_A56("f16");
+  if constexpr (kN == 56 && !kHalf) UNET_FAST_WGMMA_A56("bf16");
+  if constexpr (kN == 64 && kHalf) UNET_FAST_WGMMA_A64("f16");
+  if constexpr (kN == 64 && !kHalf) UNET_FAST_WGMMA_A64("bf16");
+}
+
 // kTranspose...: the operand is MN-major. `accumulate` 0: D = A B.
 template <typename T, int kN, int kTransposeA, int kTransposeB>
 __device__ void Wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate) {
@@ -85,10 +133,14 @@ __device__ void Wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate
   if constexpr (kN == 256 && !kHalf) UNET_FAST_WGMMA_256("bf16");
 }
 
+#undef UNET_FAST_WGMMA_A48
+#undef UNET_FAST_WGMMA_A56
+#undef UNET_FAST_WGMMA_A64
 #undef UNET_FAST_WGMMA_64
 #undef UNET_FAST_WGMMA_128
 #undef UNET_FAST_WGMMA_256
 #undef UNET_FAST_D32
 #undef UNET_FAST_D8
+#undef UNET_FAST_D4
 
 }  // namespace unet_fast::gpu::ptx

@@ -20,7 +20,17 @@ bool InThrees(const TapList& taps) {
   return true;
 }
 
+bool ServesStationary(const GemmConfig& c, const GemmArgs& g) {
+  if (g.lists != 1 || g.stride != 1 || g.taps[0].count != 9 || !InThrees(g.taps[0])) return false;
+  int64_t groups = 0;  // of 64 channels
+  for (int s = 0; s < g.sources; ++s) groups += CeilDiv(g.source[s].channels, 64);
+  if (groups * 64 != c.stationary || CeilDiv(g.n, 64) * 64 != c.n) return false;
+  if (g.results == 2 && g.result[0].channels != 64) return false;
+  return g.pooled == nullptr || (c.n == 64 && c.stationary == 64 && !g.transposed);
+}
+
 bool Serves(const GemmConfig& c, const GemmArgs& g) {
+  if (c.stationary > 0) return ServesStationary(c, g);
   if (c.pairs != (g.pooled != nullptr)) return false;
   if (c.share == 3 && (g.lists != 1 || g.stride != 1 || !InThrees(g.taps[0]))) return false;
   return !c.pairs || (g.sources == 1 && !g.transposed && g.results == 1);
@@ -30,7 +40,7 @@ bool Serves(const GemmConfig& c, const GemmArgs& g) {
 
 int ChooseGemm(const GemmArgs& g, int forced) {
   // How fast a multiprocessor full of such tiles is, as measured on an H200; in the order of kGemmConfigs.
-  constexpr double kGemmRate[kGemmConfigCount] = {0.83, 0.78, 0.88, 1.0, 1.0, 0.99, 0.97, 0.975, 0.55};
+  constexpr double kGemmRate[kGemmConfigCount] = {0.83, 0.78, 0.88, 1.0, 1.0, 0.99, 0.97, 0.975, 0.55, 1.0, 1.0, 1.0};
   const int64_t pixels = static_cast<int64_t>(g.batch) * (g.out_h + 1) * (g.out_w + 4) * g.lists;
   if (!g.vector || g.out_h > 32768 || g.out_w > 32768 || pixels + 4096 >= int64_t{1} << 31) return -1;
   if (forced >= 0 && forced < kGemmConfigCount && Serves(kGemmConfigs[forced], g)) return forced;
@@ -39,6 +49,7 @@ int ChooseGemm(const GemmArgs& g, int forced) {
   for (int i = 0; i < kGemmConfigCount; ++i) {
     const GemmConfig& c = kGemmConfigs[i];
     if (!Serves(c, g)) continue;
+    if (c.stationary > 0) return i;  // measured: always the fastest
     const int64_t pitch = g.out_w + c.share - 1, rows = g.batch * static_cast<int64_t>(g.out_h) * pitch;
     const int64_t tiles = CeilDiv(rows, 2 * c.warp_m) * CeilDiv(g.n, c.n) * g.lists;
     int64_t steps = 0;  // of 64 channels and a tap, of the longest list

@@ -5,14 +5,17 @@ namespace unet_fast::gpu::sm90 {
 
 // A tile of the implicit GEMM: two warpgroups of warp_m rows each, and n columns. share 3: taps that lie three in a row
 // share a load of pixels. pairs: rows of the image in pairs, for pooling in the epilogue; plain weights only.
+// Or weights that stay in registers (stationary.cuh), for so many channels and n columns in all.
 struct GemmConfig {
   int warp_m, n, share;
   bool pairs;
   int blocks;  // at once on a multiprocessor
+  int stationary = 0;
 };
-constexpr GemmConfig kGemmConfigs[] = {{128, 64, 3, false, 2},  {128, 64, 3, true, 2},  {64, 128, 3, false, 2},
-                                       {128, 128, 3, false, 1}, {128, 128, 3, true, 1}, {64, 256, 3, false, 1},
-                                       {128, 128, 1, false, 1}, {64, 256, 1, false, 1}, {128, 64, 1, false, 2}};
+constexpr GemmConfig kGemmConfigs[] = {
+    {128, 64, 3, false, 2}, {128, 64, 3, true, 2},     {64, 128, 3, false, 2},     {128, 128, 3, false, 1},
+    {128, 128, 3, true, 1}, {64, 256, 3, false, 1},    {128, 128, 1, false, 1},    {64, 256, 1, false, 1},
+    {128, 64, 1, false, 2}, {128, 64, 3, true, 1, 64}, {128, 128, 3, true, 1, 64}, {128, 64, 3, true, 1, 128}};
 constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(GemmConfig);
 
 // A tile of the weight gradient: three warpgroups of 64 * rounds rows each, and n columns; share as above.

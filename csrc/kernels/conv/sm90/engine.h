@@ -17,6 +17,7 @@ struct WgradPlan {
 WgradPlan PlanWgrad(const WgradArgs& args, int forced_config, int forced_splits);
 
 int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, int config);
+int StationaryGemm(void* stream, DType dtype, const GemmArgs& args);
 // Partial sums go to slabs [splits, taps, channels, n] where there is more than one, else the sum to dweights; the sums
 // of dz to bias_slabs [splits, n] unless null.
 int Wgrad(void* stream, DType dtype, const WgradArgs& args, const WgradPlan& plan, float* bias_slabs);

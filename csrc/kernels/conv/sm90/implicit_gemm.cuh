@@ -17,6 +17,7 @@
 
 #include "common/cuda.cuh"
 #include "conv/gemm.h"
+#include "conv/sm90/epilogue.cuh"
 #include "ptx/hopper.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -64,24 +65,6 @@ struct Shape {
   static constexpr size_t kSharedBytes =
       1024 + kStagesA * 2 * kA + kStagesB * kB + 8 * kStrip + (kStagesA + kStagesB) * 16;
 };
-
-struct Position {
-  int image, row, col;
-};
-__device__ inline Position Locate(const KernelArgs& g, uint32_t m) {
-  uint32_t in_image, col;
-  const uint32_t image = g.positions_per_image.Divide(m, &in_image);
-  const uint32_t row = g.positions_per_row.Divide(in_image, &col);
-  return {static_cast<int>(image), static_cast<int>(row), static_cast<int>(col)};
-}
-
-// Where a row of the product goes, in units of 16 bytes: in the first result, and in the second, or of the first row of
-// a pooling window in `pooled`; and where the second result's mask lies, the first's lying like its data. As numbers of
-// 32 bits they are worked out once a tile and cost the epilogue little.
-struct Place {
-  uint32_t first, second, mask;
-};
-constexpr uint32_t kNowhere = ~0u;
 
 struct TileIndex {
   int list, n;
@@ -161,19 +144,6 @@ __device__ void LoadTiles(const KernelArgs& g, uint32_t a_shared, uint32_t b_sha
   }
 }
 
-// Two results as one 32-bit register.
-template <typename T>
-__device__ uint32_t PackPair(float a, float b, bool relu) {
-  Pair<T> pair;
-  if constexpr (std::is_same_v<T, __half>) {
-    pair = __floats2half2_rn(a, b);
-  } else {
-    pair = __floats2bfloat162_rn(a, b);
-  }
-  if (relu) pair = __hmax2_nan(pair, Pair<T>{});
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
 // Adds the bias to 16 x 64 results of a warp, and stores them to shared memory as T.
 template <typename T, int kTileN>
 __device__ void Stage(const float (&sum)[kTileN / 2], int strip_n, const KernelArgs& g, int n, uint32_t strip) {
@@ -196,19 +166,6 @@ __device__ void Stage(const float (&sum)[kTileN / 2], int strip_n, const KernelA
     }
     ptx::StoreMatrix(strip + row * 128 + (((j + half) ^ (row & 7)) << 4), packed[0], packed[1], packed[2], packed[3]);
   }
-}
-
-// v where mask > 0, else zero; eight elements as bits.
-template <typename T>
-__device__ uint4 MaskedBits(uint4 v, uint4 mask) {
-  const auto keep = [](uint32_t m) { return __hgt2_mask(reinterpret_cast<const Pair<T>&>(m), Pair<T>{}); };
-  return {v.x & keep(mask.x), v.y & keep(mask.y), v.z & keep(mask.z), v.w & keep(mask.w)};
-}
-
-__device__ inline uint32_t Units(const Position& at, int64_t image_stride, int64_t row_stride, int64_t pixel_stride,
-                                 int64_t offset) {
-  return static_cast<uint32_t>((at.image * image_stride + at.row * row_stride + at.col * pixel_stride + offset) /
-                               kPack);
 }
 
 // A row's places, and the first touch of what will mask it, which so comes from the second-level cache in the epilogue.
@@ -400,7 +357,7 @@ __global__ __launch_bounds__(S::kThreads, S::kBlocks) void ImplicitGemmKernel(co
     if (threadIdx.x == 256) LoadTiles<S>(g, a_shared, b_shared, barriers);
   } else {
     if constexpr (S::kBlocks == 1) ptx::GrowRegisters<232>();
-    Multiply<T, S>(g, threadIdx.x / 128, a_shared, b_shared, strips, barriers, places);
+    Multiply<T, S>(g, __shfl_sync(~0u, threadIdx.x / 128, 0), a_shared, b_shared, strips, barriers, places);
   }
 #endif
 }

@@ -21,6 +21,16 @@ struct PixelMap {
 };
 int Encode(const PixelMap& map, DType dtype, CUtensorMap* out);
 
+// A window of [n, h, w, channels]; a load takes 64 channels of `box_cols` pixels of `box_rows` rows, zeros where there
+// are none, 128-byte swizzled.
+struct ImageMap {
+  const void* data;
+  int channels, w, h, n;
+  int64_t row_stride, image_stride;
+  int box_cols, box_rows;
+};
+int Encode(const ImageMap& map, DType dtype, CUtensorMap* out);
+
 // Weights [taps, rows, inner], rows `row_stride` and taps `tap_stride` elements apart; a load takes 64 of `inner` and
 // `box_rows` rows, 128-byte swizzled.
 struct WeightMap {

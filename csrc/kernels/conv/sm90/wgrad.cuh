@@ -213,7 +213,8 @@ __global__ __launch_bounds__(kWgradThreads, 1) void WgradKernel(const __grid_con
     }
   } else {
     if constexpr (S::kMultiplying > 128) ptx::GrowRegisters<S::kMultiplying>();
-    MultiplySteps<T, S>(g, stages, full, empty, threadIdx.x / 128 - 1, first_unit, n, last_step - first_step);
+    MultiplySteps<T, S>(g, stages, full, empty, __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, first_unit, n,
+                        last_step - first_step);
   }
 #endif
 }

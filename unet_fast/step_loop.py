@@ -1,0 +1,100 @@
+"""Training steps, many to a launch.
+
+A step that Python launches costs it a millisecond or so, and reading a loss back waits for the device: at 13 ms a step both
+would be felt. So a chunk of steps is one call of a graph with a loop in it; preparing and augmenting the batch is part of the
+step. Chunks are as long as a person waits without noticing, which leaves the device idle for well below a hundredth of
+the time, between one chunk and the next. What is computed does not depend on where they end.
+"""
+
+import time
+
+import tensorflow as tf
+
+_CHUNK_SECONDS = 0.5  # how long a chunk shall take: signals and the progress bar wait for its end
+
+
+class StepLoop:
+    """The steps of a training, from any number on.
+
+    Args:
+        model: FusedUNet; its `jit_compile` says whether XLA compiles the step.
+        optimizer: keras.optimizers.Optimizer, built for the model's trainable variables.
+        loss_fn: called with (labels uint8 [B, H, W], outputs [B, H, W, K]), returns the mean loss, a float32 scalar.
+        batches: `unet_fast.data.TrainingBatches` of the model's sizes.
+        start_step: number of the first step, at least 0.
+
+    Raises:
+        UserError: a negative step.
+
+    >>> from unet_fast import FusedUNet, losses
+    >>> from unet_fast.data import Dataset, TrainingBatches, generate
+    >>> from unet_fast.step_loop import StepLoop
+    >>> import keras
+    >>> model = FusedUNet((32, 32, 1), filters=2, depth=1, padding="same")
+    >>> data = Dataset.from_arrays(*generate(5, size=(64, 64)))
+    >>> batches = TrainingBatches(data, range(4), input_size=32, output_size=32, batch_size=2, seed=0)
+    >>> optimizer = keras.optimizers.Adam()
+    >>> optimizer.build(model.trainable_variables)
+    >>> loop = StepLoop(model, optimizer, losses.DiceCrossEntropy(), batches, start_step=0)
+    >>> len(loop.advance(5)) in range(1, 6)
+    True
+    """
+
+    def __init__(self, model, optimizer, loss_fn, batches, start_step):
+        device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
+        self._run = _make_run(model, optimizer, loss_fn, batches)
+        self._blocks = batches.blocks(start_step, device)
+        self._block, self._position, self._length = None, 0, 0  # the block at hand, its steps done and in all
+        self._chunk = 1  # steps; the first traces and compiles
+
+    def advance(self, most):
+        """Run a chunk of steps, as many as take half a second by what the last ones took, and wait for them.
+
+        Args:
+            most: the most steps to run, at least 1.
+
+        Returns:
+            list of the steps' losses, floats, one a step; not finite where the loss is not.
+        """
+        if self._position == self._length:
+            self._block = next(self._blocks)
+            self._position, self._length = 0, self._block[2].shape[0]
+        count = min(self._chunk, most, self._length - self._position)
+        begin = time.monotonic()
+        losses = self._run(*self._block, tf.constant(self._position), tf.constant(count)).numpy().tolist()
+        fitting = int(count * _CHUNK_SECONDS / (time.monotonic() - begin))
+        # A hitch shortens the next chunk at once; from one good measurement it only doubles.
+        self._chunk = max(1, min(fitting, max(self._chunk, 2 * count)))
+        self._position += count
+        return losses
+
+
+def _make_run(model, optimizer, loss_fn, batches):
+    """A tf.function of a block of `TrainingBatches.blocks`, its first step to run and how many: losses float32 [count]."""
+
+    # Compiled whatever becomes of the rest: TensorFlow's own kernels for a GPU gather no uint8, and XLA makes
+    # a few kernels of what would be a hundred.
+    @tf.function(jit_compile=True, autograph=False)
+    def load(images, masks, rows, draws):
+        return batches.prepare(tf.gather(images, rows), tf.gather(masks, rows), draws)
+
+    @tf.function(jit_compile=model.jit_compile, autograph=False)
+    def train_step(images, masks, rows, draws):
+        images, labels = load(images, masks, rows, draws)
+        with tf.GradientTape() as tape:
+            loss = loss_fn(labels, model(images, training=True))
+            scaled = optimizer.scale_loss(loss)
+        variables = model.trainable_variables
+        optimizer.apply(tape.gradient(scaled, variables), variables)
+        return loss
+
+    @tf.function(autograph=False)
+    def run(images, masks, rows, draws, first, count):
+        def body(i, losses):
+            return i + 1, losses.write(i, train_step(images, masks, rows[first + i], draws[first + i]))
+
+        losses = tf.TensorArray(tf.float32, count, element_shape=[])
+        losses = tf.while_loop(lambda i, _: i < count, body, (0, losses), parallel_iterations=1)[1]
+        return losses.stack()
+
+    return run
