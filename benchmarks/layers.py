@@ -28,25 +28,26 @@ DEVICE = "cuda"
 TURNS = 7
 GRAPH_MS = 4.0  # that a replay takes at least
 
-# (side of the input, channels, skip channels, filters, pooled)
+# (side of the input, channels, skip channels, filters, and where the output is pooled too: the side of the centre that
+# the expanding path takes of it, which is all that has a gradient beside the pool's)
 LAYERS = [
-    (570, 64, 0, 64, True),
-    (284, 64, 0, 128, False),
-    (282, 128, 0, 128, True),
-    (140, 128, 0, 256, False),
-    (138, 256, 0, 256, True),
-    (68, 256, 0, 512, False),
-    (66, 512, 0, 512, True),
-    (32, 512, 0, 1024, False),
-    (30, 1024, 0, 1024, False),
-    (56, 512, 512, 512, False),
-    (54, 512, 0, 512, False),
-    (104, 256, 256, 256, False),
-    (102, 256, 0, 256, False),
-    (200, 128, 128, 128, False),
-    (198, 128, 0, 128, False),
-    (392, 64, 64, 64, False),
-    (390, 64, 0, 64, False),
+    (570, 64, 0, 64, 392),
+    (284, 64, 0, 128, 0),
+    (282, 128, 0, 128, 200),
+    (140, 128, 0, 256, 0),
+    (138, 256, 0, 256, 104),
+    (68, 256, 0, 512, 0),
+    (66, 512, 0, 512, 56),
+    (32, 512, 0, 1024, 0),
+    (30, 1024, 0, 1024, 0),
+    (56, 512, 512, 512, 0),
+    (54, 512, 0, 512, 0),
+    (104, 256, 256, 256, 0),
+    (102, 256, 0, 256, 0),
+    (200, 128, 128, 128, 0),
+    (198, 128, 0, 128, 0),
+    (392, 64, 64, 64, 0),
+    (390, 64, 0, 64, 0),
 ]
 TRANSPOSED = [(28, 1024, 512), (52, 512, 256), (100, 256, 128), (196, 128, 64)]
 PRODUCTS = ("fprop", "dgrad", "wgrad")
@@ -135,7 +136,7 @@ class Layer:
 class Convolution(Layer):
     """Stride 1, as csrc/kernels/conv/problem.h has it; 3x3 unless `kernel_size` says otherwise."""
 
-    def __init__(self, batch, side, channels, skip, filters, pooled, dtype, kernel_size=3, relu=True, first=False):
+    def __init__(self, batch, side, channels, skip, filters, centre, dtype, kernel_size=3, relu=True, first=False):
         super().__init__()
         self.x = random(batch, side, side, channels, dtype=dtype)
         self.skip = random(batch, side + 8, side + 8, skip, dtype=dtype) if skip else None
@@ -144,13 +145,15 @@ class Convolution(Layer):
         out = side + 1 - kernel_size
         self.y = random(batch, out, out, filters, dtype=dtype)
         self.dy, self.dkernel, self.dbias = torch.randn_like(self.y), self.kernel.clone(), self.bias.clone()
-        self.pooled = random(batch, out // 2, out // 2, filters, dtype=dtype) if pooled else None
-        self.dx, self.dskip = self.x.clone(), self.skip.clone() if skip else None
+        self.pooled = random(batch, out // 2, out // 2, filters, dtype=dtype) if centre else None
+        self.dx, self.dskip = self.x.clone(), random(batch, side, side, skip, dtype=dtype) if skip else None
         flags = {"relu": relu, "input_is_relu": not first}
-        self.problem = conv2d_problem(self.x, self.kernel, self.skip, pool=pooled, **flags)
+        self.problem = conv2d_problem(self.x, self.kernel, self.skip, pool=centre > 0, **flags)
         self.unpooled = conv2d_problem(self.x, self.kernel, self.skip, **flags)
         # In the network a consumer has masked dy, unless a pool stands between.
-        self.problem.dy_is_masked, self.unpooled.dy_is_masked = not pooled, True
+        self.problem.dy_is_masked, self.unpooled.dy_is_masked = not centre, True
+        self.problem.dy_height = self.problem.dy_width = centre or out
+        self.unpooled.dy_height = self.unpooled.dy_width = out
         self.name = f"{side} {channels + skip}>{filters}"
         self.flops = 2 * kernel_size**2 * (channels + skip) * self.y.numel()
 
@@ -232,8 +235,8 @@ class Transposed(Layer):
 def whole_ops(batch, dtype, choices):
     """Functions of the ops that are no large matrix product, by name: first and last layer, pooling, loss."""
     stream = torch.cuda.current_stream
-    first = Convolution(batch, 572, 1, 0, 64, False, dtype, first=True)
-    last = Convolution(batch, 388, 64, 0, 2, False, dtype, kernel_size=1, relu=False)
+    first = Convolution(batch, 572, 1, 0, 64, 0, dtype, first=True)
+    last = Convolution(batch, 388, 64, 0, 2, 0, dtype, kernel_size=1, relu=False)
     for name, layer in (("first layer", first), ("last layer", last)):
         yield name, lambda layer=layer: layer.forward(choices)
         yield f"{name}, gradient", lambda layer=layer: layer.backward(choices, dx=layer is last, fused=False)

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from numerics import check, integers, normal, outputs_and_gradients
 
-from unet_fast import ops, reference
+from unet_fast import _library, ops, reference
 from unet_fast.errors import UserError
 
 
@@ -53,6 +53,30 @@ def test_same_padding_of_images_smaller_than_the_kernel(size):
 def test_skip(margin, padding, dtype):
     skip = (8 + margin[0], 7 + margin[1], 6)
     check(*pair(padding=padding), inputs(2, 8, 7, 10, 16, skip=skip), dtype)
+
+
+@pytest.mark.parametrize("jit", [None, False, True], ids=["eager", "graph", "XLA"])
+@pytest.mark.parametrize("margin", [(0, 0), (0, 3), (1, 2), (4, 3), (5, 0)])
+@pytest.mark.parametrize("channels", [(3, 4), (16, 160)])
+def test_gradients_of_a_skip_are_of_its_size(channels, margin, jit):
+    skip = (8 + margin[0], 7 + margin[1], channels[0])
+    check(*pair(pool=True), inputs(2, 8, 7, channels[0], channels[1], skip=skip), "float32", jit=jit)
+
+
+@pytest.mark.parametrize("known", [(None, None), (None, 7), (8, None)], ids=str)
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_skip_of_sizes_known_only_when_run(rank, known):
+    x, kernel, bias, skip = (tf.constant(array) for array in inputs(2, 8, 7, 4, 6, skip=(11, 7, 3)))
+    shapes = [[2, *known, 4], kernel.shape, bias.shape, None if rank is None else [None] * 4]
+
+    def run(x, kernel, bias, skip):
+        with tf.GradientTape() as tape:
+            tape.watch(skip)
+            total = tf.reduce_sum(ops.conv2d_bias_relu(x, kernel, bias, skip) ** 2)
+        return tape.gradient(total, skip)
+
+    dynamic = tf.function(run, input_signature=[tf.TensorSpec(shape) for shape in shapes])
+    np.testing.assert_array_equal(dynamic(x, kernel, bias, skip), run(x, kernel, bias, skip))
 
 
 @pytest.mark.parametrize(
@@ -251,3 +275,115 @@ def test_a_gradient_that_its_consumers_have_masked_is_not_masked_again():
         assert [op.get_attr("dy_is_masked") for op in _gradient_ops(run, *inputs)] == expected
         for value, eager in zip(tf.function(run)(*inputs), run(*inputs), strict=True):
             np.testing.assert_allclose(value, eager, rtol=1e-5, atol=1e-5 * np.abs(eager).max())
+
+
+def _gradient_op(dy, x, kernel, bias, skip=None, *, pool=False, **attributes):
+    """The gradient op itself: [dx, dskip, dkernel, dbias], without dskip where there is no skip."""
+    y = ops.conv2d_bias_relu(x, kernel, bias, skip, pool=pool, **attributes)
+    y, pooled = y if pool else (y, None)
+    skips = [] if skip is None else [skip]
+    results = _library.raw_ops().unet_fast_conv2d_bias_relu_grad(
+        dy=dy, dpooled=[pooled] if pool else [], y=y, x=x, skip=skips, kernel=kernel, num_dx=1, num_dskip=len(skips),
+        padding=attributes.pop("padding", "valid"), **attributes,
+    )  # fmt: skip
+    return tf.nest.flatten(results)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "XLA"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize(("activation", "padding"), [("relu", "valid"), ("linear", "same")])
+@pytest.mark.parametrize("size", [(8, 9), (7, 8), (4, 5), (1, 2), (8, 3)], ids=str)
+def test_dy_of_the_centre_alone_gives_what_dy_with_zeros_around_it_gives(size, activation, padding, pool, dtype, jit):
+    arrays = [tf.cast(array, dtype) for array in inputs(3, 10, 11, 6, 16, skip=(13, 14, 5))]
+    dy = tf.cast(normal(5, 3, *size, 16), dtype)
+    margins = [whole - part for whole, part in zip((10, 11) if padding == "same" else (8, 9), size, strict=True)]
+    whole = tf.pad(dy, [(0, 0), *((m // 2, m - m // 2) for m in margins), (0, 0)])
+    run = functools.partial(_gradient_op, activation=activation, padding=padding, pool=pool)
+    run = tf.function(run, jit_compile=True) if jit else run
+    for value, expected in zip(run(dy, *arrays), run(whole, *arrays), strict=True):
+        np.testing.assert_array_equal(tf.cast(value, "float32"), tf.cast(expected, "float32"))
+
+
+def test_the_gradient_of_a_skip_has_the_size_of_the_crop():
+    arrays = [tf.constant(array) for array in inputs(1, 8, 9, 3, 4, skip=(12, 12, 5))]
+    assert [result.shape.as_list() for result in _gradient_op(tf.ones((1, 6, 7, 4)), *arrays)[:2]] == [
+        [1, 8, 9, 3],
+        [1, 8, 9, 5],
+    ]
+
+    @tf.function(input_signature=[tf.TensorSpec(shape) for shape in [(None, None, 9, 3), (None, 12, None, 5)]])
+    def build(x, skip):
+        y, kernel = tf.zeros((1, 6, 7, 4)), tf.zeros((3, 3, 8, 4))
+        _, dskip, *_ = _library.raw_ops().unet_fast_conv2d_bias_relu_grad(
+            dy=y, dpooled=[], y=y, x=x, skip=[skip], kernel=kernel, num_dskip=1
+        )
+        assert dskip[0].shape.as_list() == [None, None, 9, 5]
+
+    build.get_concrete_function()
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "XLA"])
+@pytest.mark.parametrize("shape", [(1, 7, 6, 4), (1, 6, 7, 4), (2, 6, 6, 4), (1, 6, 6, 5)], ids=str)
+def test_dy_that_is_larger_than_y_is_refused_by_name(shape, jit):
+    arrays = [tf.constant(array) for array in inputs(1, 8, 8, 3, 4)]
+    run = tf.function(_gradient_op, jit_compile=True) if jit else _gradient_op
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"dy: expected y's shape \[1, 6, 6, 4\] or a smaller"):
+        run(tf.zeros(shape), *arrays)
+
+
+def _two_levels(image, *kernels):
+    """Gradients of a U-Net of depth 1 with respect to its kernels."""
+    zeros = tf.zeros(8)
+    with tf.GradientTape() as tape:
+        tape.watch(kernels)
+        skip, x = ops.conv2d_bias_relu(image, kernels[0], zeros, pool=True)
+        x = ops.conv2d_bias_relu(x, kernels[1], zeros, input_is_relu=True)
+        x = ops.conv2d_transpose_bias_relu(x, kernels[2], zeros)
+        y = ops.conv2d_bias_relu(x, kernels[3], zeros, skip, input_is_relu=True)
+        loss = tf.reduce_sum(y**2)
+    return tape.gradient(loss, kernels)
+
+
+@pytest.mark.parametrize("side", [18, 19])
+def test_a_skip_passes_no_zeros_back(side):
+    shapes = [(2, side, side, 3), (3, 3, 3, 8), (3, 3, 8, 8), (3, 3, 8, 8), (3, 3, 16, 8)]
+    arrays = [tf.constant(normal(seed, *shape, scale=0.2)) for seed, shape in enumerate(shapes)]
+    pooled, *_ = _gradient_ops(_two_levels, *arrays)
+    assert pooled.inputs[0].op.type == "UnetFastConv2DBiasReluGrad" and pooled.get_attr("dy_is_masked")
+    assert pooled.inputs[0].shape == (2, 12, 12, 8) and pooled.inputs[2].shape == (2, side - 2, side - 2, 8)
+    compiled = tf.function(_two_levels, jit_compile=True)
+    hlo = compiled.experimental_get_compiler_ir(*arrays)(stage="optimized_hlo")
+    assert hlo.count("unet_fast_conv2d_bias_relu_grad") >= 3 and " pad(" not in hlo
+    eager = _two_levels(*arrays)
+    for run in (tf.function(_two_levels), compiled):
+        for value, expected in zip(run(*arrays), eager, strict=True):
+            np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("paddings", "value", "size"),
+    [
+        ([[0, 0], [2, 2], [3, 3], [0, 0]], 0.0, (12, 10)),
+        ([[0, 0], [2, 3], [0, 0], [0, 0]], 0.0, (11, 16)),
+        ([[0, 0], [3, 2], [1, 1], [0, 0]], 0.0, None),  # beside the centre
+        ([[1, 0], [2, 2], [1, 1], [0, 0]], 0.0, None),
+        ([[0, 0], [2, 2], [1, 1], [0, 1]], 0.0, None),
+        ([[0, 0], [2, 2], [1, 1], [0, 0]], 1.0, None),  # no zeros
+    ],
+)
+def test_of_all_paddings_only_zeros_around_the_centre_are_left_out(paddings, value, size):
+    image, kernel = tf.constant(normal(1, 2, 18, 18, 3)), tf.constant(normal(2, 3, 3, 3, 8))
+    shape = [whole - sum(padding) for whole, padding in zip((2, 16, 16, 8), paddings, strict=True)]
+    part = tf.constant(normal(3, *shape))
+
+    def run(image, kernel, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            y = ops.conv2d_bias_relu(image, kernel, tf.zeros(8))
+        return tape.gradient(y, kernel, tf.pad(dy, paddings, constant_values=value))
+
+    (gradient,) = _gradient_ops(run, image, kernel, part)
+    assert gradient.inputs[0].shape[1:3] == (size or (16, 16))
+    graph, eager = tf.function(run)(image, kernel, part), run(image, kernel, part)
+    np.testing.assert_array_equal(graph, eager)

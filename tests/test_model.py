@@ -98,6 +98,23 @@ def test_only_the_image_is_no_relu_output():
     assert [layer.name for layer in convolutions if not layer.input_is_relu] == ["down1_conv1"]
 
 
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+def test_the_gradient_of_a_skip_is_passed_on_without_zeros_around_it(dtype):
+    model = FusedUNet(**SMALL, backend="fused", dtype=dtype)
+
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x, training=True) ** 2)
+        return tape.gradient(loss, model.trainable_variables)
+
+    operations = step.get_concrete_function(images(1, 44, 44, 1)).graph.get_operations()
+    pooled = [op for op in operations if op.type == "UnetFastConv2DBiasReluGrad" and op.get_attr("num_pooled") == 1]
+    # Inputs dy, dpooled, y; from the deeper level to the image's.
+    assert [(op.inputs[0].shape[1], op.inputs[2].shape[1]) for op in pooled] == [(8, 16), (8, 40)]
+
+
 @pytest.mark.parametrize("backend", ["auto", "stock"])
 def test_dropout_at_the_bottom(backend):
     model = FusedUNet(**SMALL, dropout=0.5, backend=backend)

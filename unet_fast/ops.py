@@ -205,6 +205,33 @@ def _relu_output(tensor):
     return producer is not None and producer.type in kinds and producer.get_attr("activation") == b"relu"
 
 
+def _padded(dskip, skip, x):
+    """The gradient of skip from that of its crop to x's size: zeros around it."""
+    margins = []
+    for axis in (1, 2):
+        outer, inner = (t.shape[axis] if t.shape.rank and t.shape[axis] else tf.shape(t)[axis] for t in (skip, x))
+        margins.append(outer - inner)
+    if all(isinstance(margin, int) and margin == 0 for margin in margins):
+        return dskip
+    return tf.pad(dskip, [(0, 0), *((margin // 2, margin - margin // 2) for margin in margins), (0, 0)])
+
+
+def _window(dy):
+    """What a Pad op in the graph has put zeros around to make dy, where dy has it in its centre; else dy itself.
+
+    The gradient op takes dy's centre alone, and the Pad that nobody reads is pruned.
+    """
+    producer = dy.op if tf.is_symbolic_tensor(dy) else None
+    if producer is None or producer.type not in ("Pad", "PadV2"):
+        return dy
+    centre, paddings, *value = (*producer.inputs[:1], *map(tf.get_static_value, producer.inputs[1:]))
+    if paddings is None or any(v is None or v != 0 for v in value):
+        return dy
+    (rows, columns), rest = paddings[1:3], paddings[::3]
+    centred = all(before == (before + after) // 2 for before, after in (rows, columns))
+    return centre if centred and not rest.any() else dy
+
+
 def _arrives_masked(dy, y):
     """Whether, by the graph that computes it, the gradient dy of y is zero wherever y is: its consumers masked it.
 
@@ -212,6 +239,7 @@ def _arrives_masked(dy, y):
     """
     if not tf.is_symbolic_tensor(dy):
         return False
+    dy = _window(dy)
     producer = dy.op
     if producer.type in ("AddN", "AddV2", "Identity"):
         return all(_arrives_masked(term, y) for term in producer.inputs)
@@ -239,7 +267,7 @@ def _conv2d_bias_relu_grad(op, dy, *dpooled):
     x, *skip, kernel, _ = op.inputs
     wanted = [_wanted(op, index) for index in range(1 + len(skip))]
     dx, dskip, dkernel, dbias = _library.raw_ops().unet_fast_conv2d_bias_relu_grad(
-        dy=dy,
+        dy=_window(dy),
         dpooled=list(dpooled),
         y=op.outputs[0],
         x=x,
@@ -254,7 +282,7 @@ def _conv2d_bias_relu_grad(op, dy, *dpooled):
     )
     gradients = [dx[0] if dx else None]
     if skip:
-        gradients.append(dskip[0] if dskip else None)
+        gradients.append(_padded(dskip[0], skip[0], x) if dskip else None)
     return [*gradients, dkernel, dbias]
 
 

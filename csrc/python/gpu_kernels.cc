@@ -68,6 +68,8 @@ void BindGpuKernels(py::module_& m) {
       .def_readwrite("skip_channels", &Conv2DProblem::skip_channels)
       .def_readwrite("filters", &Conv2DProblem::filters)
       .def_readwrite("kernel_size", &Conv2DProblem::kernel_size)
+      .def_readwrite("dy_height", &Conv2DProblem::dy_height)
+      .def_readwrite("dy_width", &Conv2DProblem::dy_width)
       .def_readwrite("same", &Conv2DProblem::same)
       .def_readwrite("relu", &Conv2DProblem::relu)
       .def_readwrite("pool", &Conv2DProblem::pool)

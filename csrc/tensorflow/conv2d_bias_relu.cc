@@ -72,16 +72,19 @@ absl::Status GradShape(InferenceContext* c) {
   TF_RETURN_IF_ERROR(c->GetAttr("num_dx", &num_dx));
   TF_RETURN_IF_ERROR(c->GetAttr("num_dskip", &num_dskip));
   if (num_dskip > num_skip) return absl::InvalidArgumentError("num_dskip: expected at most num_skip");
-  const int x = 2 + num_pooled;
-  ShapeHandle shape;
+  const int first = 2 + num_pooled;
+  ShapeHandle dy, x, skip, kernel;
   int output = 0;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(x), 4, &shape));
-  if (num_dx == 1) c->set_output(output++, shape);
-  if (num_skip == 1) TF_RETURN_IF_ERROR(c->WithRank(c->input(x + 1), 4, &shape));
-  if (num_dskip == 1) c->set_output(output++, shape);
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(x + 1 + num_skip), 4, &shape));
-  c->set_output(output++, shape);
-  c->set_output(output, c->Vector(c->Dim(shape, 3)));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 4, &dy));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(first), 4, &x));
+  if (num_dx == 1) c->set_output(output++, x);
+  if (num_skip == 1) TF_RETURN_IF_ERROR(c->WithRank(c->input(first + 1), 4, &skip));
+  if (num_dskip == 1) {
+    c->set_output(output++, c->MakeShape({c->Dim(x, 0), c->Dim(x, 1), c->Dim(x, 2), c->Dim(skip, 3)}));
+  }
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(first + 1 + num_skip), 4, &kernel));
+  c->set_output(output++, kernel);
+  c->set_output(output, c->Vector(c->Dim(kernel, 3)));
   return absl::OkStatus();
 }
 
@@ -160,13 +163,15 @@ class Grad : public Base {
     Conv2DProblem p;
     OP_REQUIRES_OK(c, Problem(x, skip, kernel, &p));
     const char* op = "conv2d_bias_relu gradient";
-    OP_REQUIRES_OK(c, Invalid(op, CheckDims("dy", ToDims(dy.shape()), p.y_dims())));
+    OP_REQUIRES_OK(c, Invalid(op, p.SetDyDims(ToDims(dy.shape()))));
     OP_REQUIRES_OK(c, Invalid(op, CheckDims("y", ToDims(y.shape()), p.y_dims())));
     if (p.pool) OP_REQUIRES_OK(c, Invalid(op, CheckDims("dpooled", ToDims(dpooled->shape()), p.pooled_dims())));
     int output = 0;
+    TensorShape dskip_shape;
+    OP_REQUIRES_OK(c, ToShape(p.dskip_dims(), &dskip_shape));
     Tensor *dx = nullptr, *dskip = nullptr, *dkernel = nullptr, *dbias = nullptr;
     if (num_dx_ == 1) OP_REQUIRES_OK(c, c->allocate_output(output++, x.shape(), &dx));
-    if (num_dskip_ == 1) OP_REQUIRES_OK(c, c->allocate_output(output++, skip->shape(), &dskip));
+    if (num_dskip_ == 1) OP_REQUIRES_OK(c, c->allocate_output(output++, dskip_shape, &dskip));
     OP_REQUIRES_OK(c, c->allocate_output(output++, kernel.shape(), &dkernel));
     OP_REQUIRES_OK(c, c->allocate_output(output, TensorShape({p.filters}), &dbias));
     const auto at = [](const Tensor* t) { return t != nullptr ? t->data() : nullptr; };
@@ -205,14 +210,14 @@ REGISTER_OP("UnetFastConv2DBiasRelu")
     .SetShapeFn(ForwardShape);
 
 REGISTER_OP("UnetFastConv2DBiasReluGrad")
-    .Input("dy: T")
+    .Input("dy: T")  // of y's size, or of its centre alone
     .Input("dpooled: num_pooled * T")
     .Input("y: T")
     .Input("x: T")
     .Input("skip: num_skip * T")
     .Input("kernel: T")
     .Output("dx: num_dx * T")
-    .Output("dskip: num_dskip * T")
+    .Output("dskip: num_dskip * T")  // of the crop: of x's height and width
     .Output("dkernel: T")
     .Output("dbias: T")
     .Attr("T: {float, half, bfloat16}")

@@ -75,13 +75,13 @@ class Grad : public Base {
     Conv2DProblem p;
     if (!SetProblem(c, 2 + num_pooled_, &p)) return;
     const char* op = "conv2d_bias_relu gradient";
-    OP_REQUIRES_OK(c, Invalid(op, CheckDims("dy", ToDims(c->InputShape(0)), p.y_dims())));
+    OP_REQUIRES_OK(c, Invalid(op, p.SetDyDims(ToDims(c->InputShape(0)))));
     OP_REQUIRES_OK(c, Invalid(op, CheckDims("y", ToDims(c->InputShape(1 + num_pooled_)), p.y_dims())));
     if (p.pool) OP_REQUIRES_OK(c, Invalid(op, CheckDims("dpooled", ToDims(c->InputShape(1)), p.pooled_dims())));
     const xla::PrimitiveType type = c->input_xla_type(0);
     std::vector<xla::Shape> results;
     if (num_dx_ == 1) results.push_back(RowMajor(type, p.x_dims()));
-    if (num_dskip_ == 1) results.push_back(RowMajor(type, p.skip_dims()));
+    if (num_dskip_ == 1) results.push_back(RowMajor(type, p.dskip_dims()));
     results.push_back(RowMajor(type, p.kernel_dims()));
     results.push_back(RowMajor(type, {p.filters}));
 #ifdef UNET_FAST_CUDA

@@ -38,13 +38,15 @@ std::string ReadForward(Cursor* at, const Flags& flags, Conv2DProblem* p, Conv2D
 
 std::string ReadGrad(Cursor* at, const Flags& flags, int64_t num_dx, int64_t num_dskip, int64_t dy_is_masked,
                      Conv2DProblem* p, Conv2DGradient* data) {
-  data->dy = at->Arg().untyped_data();
+  const ffi::AnyBuffer dy = at->Arg();
+  data->dy = dy.untyped_data();
   data->dpooled = flags.num_pooled == 1 ? at->Arg().untyped_data() : nullptr;
   data->y = at->Arg().untyped_data();
   const ffi::AnyBuffer x = at->Arg(), skip = flags.num_skip == 1 ? at->Arg() : x, kernel = at->Arg();
   std::string error;
   *p = Problem(x, flags.num_skip == 1 ? &skip : nullptr, kernel, flags, &error);
   p->dy_is_masked = dy_is_masked;
+  if (error.empty()) error = p->SetDyDims(ToDims(dy));
   data->x = x.untyped_data(), data->skip = flags.num_skip == 1 ? skip.untyped_data() : nullptr;
   data->kernel = kernel.untyped_data();
   data->dx = num_dx == 1 ? at->Ret() : nullptr, data->dskip = num_dskip == 1 ? at->Ret() : nullptr;

@@ -81,13 +81,14 @@ def conv2d_bias_relu(x, kernel, bias, skip=None, *, choices=None, **flags):
 
 def conv2d_bias_relu_grad(dy, y, x, kernel, skip=None, dpooled=None, *, dx=True, dskip=True, dy_is_masked=False,
                           choices=None, **flags):  # fmt: skip
-    """[dx, dskip, dkernel, dbias], None where not asked for."""
+    """[dx, dskip, dkernel, dbias], None where not asked for; dskip of the crop alone. dy may be of y's centre alone."""
     p = conv2d_problem(x, kernel, skip, pool=dpooled is not None, **flags)
     p.dy_is_masked = dy_is_masked
+    _, p.dy_height, p.dy_width, _ = dy.shape
     choices = choices or tuning()
     outputs = [
         Output(x.shape, x.dtype) if dx else None,
-        Output(skip.shape, x.dtype) if dskip and skip is not None else None,
+        Output((*x.shape[:3], skip.shape[3]), x.dtype) if dskip and skip is not None else None,
         Output(kernel.shape, x.dtype),
         Output(kernel.shape[3:], x.dtype),
     ]
@@ -196,6 +197,13 @@ def crop_like(skip, x):
     return skip[:, top : top + x.shape[1], left : left + x.shape[2]]
 
 
+def padded_like(window, y):
+    """Zeros around it, up to y's size."""
+    whole = torch.zeros((*y.shape[:3], window.shape[3]), dtype=window.dtype, device=window.device)
+    crop_like(whole, window).copy_(window)
+    return whole
+
+
 def reference_conv2d(x, kernel, bias, skip=None, *, same=False, relu=True, pool=False):
     if skip is not None:
         x = torch.cat([x, crop_like(skip, x)], dim=-1)
@@ -212,7 +220,7 @@ def reference_conv2d_transpose(x, kernel, bias, *, relu=True):
 
 def reference_dz(dy, y, dpooled=None, relu=True):
     """What comes through activation and pooling; ties go to the first maximum, as PyTorch's do."""
-    dz = dy
+    dz = padded_like(dy, y)
     if dpooled is not None:
         _, where = F.max_pool2d(_nchw(y), 2, return_indices=True)
         h, w = y.shape[1:3]
@@ -230,7 +238,7 @@ def reference_conv2d_grad(dy, y, x, kernel, skip=None, dpooled=None, *, same=Fal
     if input_is_relu:
         for i, value in enumerate(inputs):
             grads[i] = torch.where(value > 0, grads[i], 0)
-    return [grads[0], grads[1] if skip is not None else None, *grads[-2:]]
+    return [grads[0], crop_like(grads[1], x) if skip is not None else None, *grads[-2:]]
 
 
 def reference_conv2d_transpose_grad(dy, y, x, kernel, *, relu=True):

@@ -139,10 +139,11 @@ class Arrays:
 STREAM = 0  # the default one
 
 
-def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, left_out=(), **flags):
+def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, left_out=(), window=None, **flags):
     """A case: forward pass and gradient of a convolution.
 
-    `skip` is (height, width, channels), `left_out` has "dx" or "dskip" or both; the rest as in problem.h.
+    `skip` is (height, width, channels), `left_out` has "dx" or "dskip" or both, `window` is dy's (height, width) where
+    it is less than y's; the rest as in problem.h.
     """
     choices = choices or native.tuning(kernels)
     n, h, w = size
@@ -163,9 +164,11 @@ def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, left_
         y, pooled = arrays.output(*out), arrays.output(*half) if p.pool else 0
         space = arrays.workspace(kernels.conv2d_bias_relu_workspace_bytes(p))
         kernels.conv2d_bias_relu(STREAM, p, x, s, kernel, bias, y, pooled, space, choices)
-        dy, dpooled = arrays.values(*out), arrays.values(*half) if p.pool else 0
+        p.dy_height, p.dy_width = window or out[1:3]
+        dy = arrays.values(n, p.dy_height, p.dy_width, filters)
+        dpooled = arrays.values(*half) if p.pool else 0
         dx = 0 if "dx" in left_out else arrays.output(n, h, w, channels)
-        dskip = arrays.output(n, sh, sw, sc) if skip and "dskip" not in left_out else 0
+        dskip = arrays.output(n, h, w, sc) if skip and "dskip" not in left_out else 0
         dkernel, dbias = arrays.output(*kernel_shape), arrays.output(filters)
         space = arrays.workspace(kernels.conv2d_bias_relu_grad_workspace_bytes(p, choices))
         kernels.conv2d_bias_relu_grad(
@@ -259,6 +262,9 @@ def cases(kernels):
     add("dy masked, pool", conv2d, (2, 9, 10), 64, 64, pool=True, dy_is_masked=True)
     add("dy masked, valid", conv2d, (2, 9, 10), 64, 64, dy_is_masked=True)
     add("skip, pool", conv2d, (2, 9, 10), 64, 72, skip=(9, 13, 8), same=True, pool=True)
+    add("dy of the centre, pool", conv2d, (2, 9, 10), 64, 64, pool=True, window=(4, 5), input_is_relu=True)
+    add("dy of the centre, masked", conv2d, (2, 9, 10), 64, 64, window=(3, 8), dy_is_masked=True)
+    add("dy of the centre, odd channels", conv2d, (2, 9, 10), 12, 11, window=(1, 2), pool=True)
     add("1x1", conv2d, (2, 9, 10), 64, 72, k=1)
     add("1x1, skip, pool", conv2d, (2, 9, 10), 16, 24, k=1, skip=(11, 13, 8), pool=True)
     add("no activation, dy as it comes", conv2d, (2, 7, 9), 40, 24, same=True, relu=False)

@@ -48,7 +48,7 @@ def listed(value):
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def check_conv2d(x, kernel, bias, skip, choices=None, pool=False, input_is_relu=False, **flags):
+def check_conv2d(x, kernel, bias, skip, choices=None, pool=False, input_is_relu=False, window=None, **flags):
     got = listed(kernels.conv2d_bias_relu(x, kernel, bias, skip, choices=choices, pool=pool, **flags))
     args = [x, kernel, bias, skip]
     exact = listed(kernels.reference_conv2d(*double(args), pool=pool, **flags))
@@ -58,6 +58,8 @@ def check_conv2d(x, kernel, bias, skip, choices=None, pool=False, input_is_relu=
 
     y = got[0]
     dy, dpooled = torch.randn_like(y), torch.randn_like(got[1]) if pool else None
+    if window is not None:
+        dy = dy[:, : window[0], : window[1]].contiguous()
     args = [dy, y, x, kernel, skip, dpooled]
     flags["input_is_relu"] = input_is_relu
     got = kernels.conv2d_bias_relu_grad(*args, choices=choices, **flags)
@@ -78,6 +80,14 @@ def check_conv2d(x, kernel, bias, skip, choices=None, pool=False, input_is_relu=
         ((40, 3, 3), 16, None, 32, 3, {}),
         ((2, 9, 10), 128, None, 264, 1, {}),
         ((2, 9, 10), 16, (2, 11, 13, 8), 24, 1, {"pool": True}),
+        # dy of y's centre alone
+        ((2, 20, 24), 64, None, 64, 3, {"pool": True, "window": (12, 10)}),
+        ((3, 17, 13), 24, None, 64, 3, {"pool": True, "same": True, "window": (10, 13)}),
+        ((2, 12, 14), 24, (2, 17, 19, 40), 72, 3, {"input_is_relu": True, "window": (5, 7)}),
+        ((2, 12, 14), 16, None, 24, 3, {"relu": False, "window": (10, 1)}),
+        ((2, 10, 9), 9, (2, 13, 12, 5), 11, 3, {"pool": True, "input_is_relu": True, "window": (3, 4)}),
+        ((2, 21, 19), 3, None, 64, 3, {"window": (8, 9)}),
+        ((2, 9, 11), 16, None, 2, 1, {"window": (4, 5)}),
         ((1, 33, 31), 1024, None, 512, 3, {}),
         # edges: channel counts that are no multiple of 8
         ((2, 10, 9), 12, None, 20, 3, {"same": True, "pool": True, "input_is_relu": True}),
@@ -159,9 +169,10 @@ def test_gradients_that_are_not_asked_for_are_left_out():
     x, skip = normal(2, 12, 14, 24, dtype=dtype), normal(2, 18, 18, 40, dtype=dtype)
     kernel, y = normal(3, 3, 64, 48, dtype=dtype), normal(2, 10, 12, 48, dtype=dtype)
     args = [torch.randn_like(y), y, x, kernel, skip]
-    whole = kernels.conv2d_bias_relu_grad(*args)
+    whole = kernels.conv2d_bias_relu_grad(*args, input_is_relu=True)
     for want in [{"dx": False}, {"dskip": False}, {"dx": False, "dskip": False}]:
-        for value, expected in zip(kernels.conv2d_bias_relu_grad(*args, **want), whole, strict=True):
+        got = kernels.conv2d_bias_relu_grad(*args, input_is_relu=True, **want)
+        for value, expected in zip(got, whole, strict=True):
             assert value is None or torch.equal(value, expected)
 
 
@@ -179,6 +190,26 @@ def test_a_masked_dy_needs_no_mask():
     # The bias gradient is summed elsewhere, and so in another order.
     dbias = kernels.conv2d_bias_relu_grad(dy, y, x, kernel, dy_is_masked=True)[-1]
     assert error(dbias, dy.double().sum((0, 1, 2))) < 1e-3
+
+
+@both
+@pytest.mark.parametrize("channels", [64, 11])
+@pytest.mark.parametrize("flags", [{}, {"pool": True}, {"relu": False, "pool": True}, {"dy_is_masked": True}], ids=str)
+@pytest.mark.parametrize("window", [(10, 12), (9, 11), (4, 5), (1, 1), (3, 12)], ids=str)
+def test_a_window_of_dy_gives_what_dy_with_zeros_around_it_gives(window, flags, channels, dtype):
+    x, kernel = normal(2, 12, 14, 24, dtype=dtype), normal(3, 3, 24, channels, dtype=dtype, scale=0.1)
+    y = normal(2, 10, 12, channels, dtype=dtype).relu()
+    dy = normal(2, *window, channels, dtype=dtype)
+    if "dy_is_masked" in flags:
+        dy = torch.where(kernels.crop_like(y, dy) > 0, dy, 0)
+    flags = dict(flags)
+    args = [y, x, kernel, None, normal(2, 5, 6, channels, dtype=dtype) if flags.pop("pool", False) else None]
+    got = kernels.conv2d_bias_relu_grad(dy, *args, **flags)
+    whole = kernels.conv2d_bias_relu_grad(kernels.padded_like(dy, y), *args, **flags)
+    for value, expected in zip(got[:-1], whole[:-1], strict=True):
+        assert value is None or torch.equal(value, expected)
+    # Of a whole dy that needs no mask, the bias gradient is summed elsewhere, and so in another order.
+    assert error(got[-1], whole[-1]) <= (1e-2 if "dy_is_masked" in flags else 0)
 
 
 def test_a_transposed_convolution_masks_the_gradient_of_a_relu_and_leaves_a_masked_one():
@@ -277,6 +308,7 @@ def test_results_are_the_same_to_the_bit_and_in_a_captured_graph():
     for value, expected in zip(kernels.conv2d_bias_relu_grad(*args), first, strict=True):
         assert torch.equal(value, expected)
     p = kernels.conv2d_problem(x, kernel, skip, pool=True)
+    _, p.dy_height, p.dy_width, _ = y.shape
     out = [torch.zeros_like(value) for value in first]
     space = torch.empty(
         kernels.native.conv2d_bias_relu_grad_workspace_bytes(p, kernels.tuning()), dtype=torch.uint8, device="cuda"

@@ -207,6 +207,29 @@ def test_xla_replayed_with_new_inputs_gives_what_eager_gives():
 
 
 @half
+@pytest.mark.parametrize("side", [34, 35])
+def test_a_skip_whose_gradient_is_of_the_crop_alone_gives_what_a_padded_one_gives(side, dtype):
+    shapes = [(2, side, side, 16), (3, 3, 16, 64), (3, 3, 64, 64), (3, 3, 32, 64), (3, 3, 96, 64)]
+    image, *kernels = (tf.cast(normal(seed, *shape, scale=0.2), dtype) for seed, shape in enumerate(shapes))
+    dy = tf.cast(normal(9, 2, 26, 26, 64), dtype)
+    zeros = {n: tf.zeros(n, dtype) for n in (32, 64)}
+
+    def gradients(image, *kernels):
+        with tf.GradientTape() as tape:
+            tape.watch(kernels)
+            skip, x = ops.conv2d_bias_relu(image, kernels[0], zeros[64], pool=True)
+            x = ops.conv2d_bias_relu(x, kernels[1], zeros[64], input_is_relu=True)
+            x = ops.conv2d_transpose_bias_relu(x, kernels[2], zeros[32])
+            y = ops.conv2d_bias_relu(x, kernels[3], zeros[64], skip, input_is_relu=True)
+        return tape.gradient(y, kernels, dy)
+
+    eager = gradients(image, *kernels)
+    for jit in (False, True):
+        for value, expected in zip(tf.function(gradients, jit_compile=jit)(image, *kernels), eager, strict=True):
+            np.testing.assert_array_equal(tf.cast(value, tf.float32), tf.cast(expected, tf.float32))
+
+
+@half
 def test_a_hundred_repeats_are_equal_to_the_bit(dtype):
     arrays = [tf.cast(array, dtype) for array in conv_inputs(2, 66, 67, 64, 64, skip=(70, 71, 64))]
     op = functools.partial(ops.conv2d_bias_relu, pool=True)

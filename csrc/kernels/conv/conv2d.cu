@@ -12,14 +12,18 @@ bool IsVector(const Conv2DProblem& p) {
   return p.channels % kPack == 0 && p.skip_channels % kPack == 0 && p.filters % kPack == 0;
 }
 
-// x and the window of skip that lies under it, or gradients laid out like them.
+// x, or its gradient; the window of skip that lies under it, and the gradient of that.
 GemmSource XSource(const Conv2DProblem& p, const void* x) {
   return {x, p.height * p.width * p.channels, static_cast<int>(p.width * p.channels), static_cast<int>(p.channels)};
 }
-int64_t CropOffset(const Conv2DProblem& p) { return (p.crop_top() * p.skip_width + p.crop_left()) * p.skip_channels; }
 GemmSource SkipSource(const Conv2DProblem& p, const void* skip) {
-  return {At(skip, p.dtype, CropOffset(p)), p.skip_height * p.skip_width * p.skip_channels,
+  const int64_t crop = (p.crop_top() * p.skip_width + p.crop_left()) * p.skip_channels;
+  return {At(skip, p.dtype, crop), p.skip_height * p.skip_width * p.skip_channels,
           static_cast<int>(p.skip_width * p.skip_channels), static_cast<int>(p.skip_channels)};
+}
+GemmSource DskipSource(const Conv2DProblem& p, const void* dskip) {
+  return {dskip, p.height * p.width * p.skip_channels, static_cast<int>(p.width * p.skip_channels),
+          static_cast<int>(p.skip_channels)};
 }
 GemmSource DzSource(const Conv2DProblem& p, const void* dz) {
   return {dz, p.out_height() * p.out_width() * p.filters, static_cast<int>(p.out_width() * p.filters),
@@ -42,10 +46,6 @@ TapList Taps(const Conv2DProblem& p, bool backwards) {
 }
 
 int Dgrad(void* stream, const Conv2DProblem& p, const Conv2DGradient& d, const void* dz, const Conv2DTuning& tuning) {
-  if (d.dskip != nullptr && (p.skip_height > p.height || p.skip_width > p.width)) {
-    UNET_FAST_CUDA_RETURN_IF_ERROR(ZeroOutside(stream, d.dskip, p.batch, p.skip_height, p.skip_width, p.skip_channels,
-                                               p.crop_top(), p.crop_left(), p.height, p.width));
-  }
   GemmArgs g;
   g.source[0] = DzSource(p, dz);
   g.source_h = p.out_height(), g.source_w = p.out_width();
@@ -53,16 +53,14 @@ int Dgrad(void* stream, const Conv2DProblem& p, const Conv2DGradient& d, const v
   g.tap_stride = p.in_channels() * p.filters, g.ld = p.filters;
   g.batch = p.batch, g.out_h = p.height, g.out_w = p.width;
   g.taps[0] = Taps(p, /*backwards=*/true);
-  const GemmResult dx = Result(XSource(p, d.x), d.dx, p.input_is_relu ? d.x : nullptr);
-  const int64_t crop = CropOffset(p);
-  const GemmResult dskip = p.skip_channels == 0 || d.dskip == nullptr
-                               ? GemmResult{}
-                               : Result(SkipSource(p, d.skip), At(d.dskip, p.dtype, crop),
-                                        p.input_is_relu ? At(d.skip, p.dtype, crop) : nullptr);
   // Only the columns that are wanted.
-  g.results = 0;
-  if (d.dx != nullptr) g.result[g.results++] = dx;
-  if (d.dskip != nullptr) g.result[g.results++] = dskip;
+  g.result[0] = d.dx != nullptr ? Result(XSource(p, d.x), d.dx, p.input_is_relu ? d.x : nullptr) : GemmResult{};
+  if (d.dskip != nullptr && p.skip_channels > 0) {
+    const GemmSource skip = SkipSource(p, d.skip);
+    g.results = 2;
+    g.result[1] = Result(DskipSource(p, d.dskip), d.dskip, p.input_is_relu ? skip.data : nullptr);
+    g.mask_image_stride = skip.image_stride, g.mask_row_stride = skip.row_stride;
+  }
   g.n = (d.dx != nullptr ? p.channels : 0) + (d.dskip != nullptr ? p.skip_channels : 0);
   g.weights = At(d.kernel, p.dtype, d.dx != nullptr ? 0 : p.channels * p.filters);
   return ImplicitGemm(stream, p.dtype, g, tuning);
@@ -80,7 +78,10 @@ WgradArgs Wgrad(const Conv2DProblem& p, const Conv2DGradient& d, const void* dz)
 }
 
 // Whether dz is another array than dy.
-bool StoresDz(const Conv2DProblem& p) { return (p.relu && !p.dy_is_masked) || p.pool; }
+bool StoresDz(const Conv2DProblem& p) {
+  const bool whole = p.dy_height == p.out_height() && p.dy_width == p.out_width();
+  return (p.relu && !p.dy_is_masked) || p.pool || !whole;
+}
 
 struct GradWorkspace {
   Workspace layout;
@@ -136,8 +137,9 @@ int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& p, const Conv2DGradien
     MaskArgs m = {};
     m.dy = d.dy, m.dpooled = p.pool ? d.dpooled : nullptr, m.y = d.y;
     m.batch = p.batch, m.h = p.out_height(), m.w = p.out_width(), m.channels = p.filters;
+    m.dy_h = p.dy_height, m.dy_w = p.dy_width, m.dy_top = p.dy_top(), m.dy_left = p.dy_left();
     // What comes back through the pool may not be masked, whatever dy is.
-    m.relu = p.relu && stores_dz, m.dz = space.dz, m.slabs = space.bias_slabs, m.dbias = d.dbias;
+    m.relu = p.relu && (p.pool || !p.dy_is_masked), m.dz = space.dz, m.slabs = space.bias_slabs, m.dbias = d.dbias;
     UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, p.dtype, m));
   }
 

@@ -95,6 +95,7 @@ int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& p, c
   const void* dz = masks ? space.dz : d.dy;
   MaskArgs m = {};
   m.dy = d.dy, m.y = d.y, m.batch = p.batch, m.h = 2 * p.height, m.w = 2 * p.width, m.channels = p.filters;
+  m.dy_h = m.h, m.dy_w = m.w;
   m.relu = masks, m.dz = space.dz, m.slabs = space.bias_slabs, m.dbias = d.dbias;
   UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, p.dtype, m));
 

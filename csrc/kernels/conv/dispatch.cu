@@ -100,6 +100,7 @@ int Wgrad(void* stream, DType dtype, const WgradArgs& args, const Conv2DTuning& 
   if (args.dbias != nullptr) {
     MaskArgs sums = {};
     sums.dy = args.dz, sums.batch = args.batch, sums.h = args.out_h, sums.w = args.out_w, sums.channels = args.n;
+    sums.dy_h = sums.h, sums.dy_w = sums.w;
     sums.slabs = args.bias_slabs, sums.dbias = args.dbias;
     UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, dtype, sums));
   }

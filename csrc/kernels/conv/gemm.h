@@ -25,7 +25,7 @@ struct GemmSource {
 
 struct GemmResult {
   void* data;        // pixel (0, 0) of the grid
-  const void* mask;  // like data; results are zeroed where it is <= 0. Null: none
+  const void* mask;  // like data, but see GemmArgs; results are zeroed where it is <= 0. Null: none
   int64_t image_stride, row_stride;
   int pixel_stride, channels;
 };
@@ -60,8 +60,10 @@ struct GemmArgs {
   int batch = 0, out_h = 0, out_w = 0, n = 0;
   TapList taps[4];
   int lists = 1;
-  GemmResult result[2];
+  GemmResult result[2];  // the columns of the first, which may be none, come before those of the second
   int results = 1;
+  // Of the second result's mask, which may be a window of a larger array, as the first's may not.
+  int64_t mask_image_stride = 0, mask_row_stride = 0;
   const void* bias = nullptr;
   bool relu = false;
   void* pooled = nullptr;  // [batch, out_h / 2, out_w / 2, n], of one result only

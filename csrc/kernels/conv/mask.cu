@@ -1,7 +1,10 @@
 // The one element-wise pass of a gradient. The matrix products cannot mask as they load - asynchronous copies never see
 // registers, and dz is read nine times by each - so dz is stored once, and its sum over the pixels, the bias gradient,
-// is taken on the way. Where dy is dz already, only the sum is left. A thread takes 8 channels of quads of 2x2 pixels,
-// which are the pooling windows.
+// is taken on the way. Where dy is dz already, only the sum is left.
+//
+// A thread takes 8 channels of quads of 2x2 pixels, which are the pooling windows. It is memory that it waits for, so
+// all nine loads of a quad are under way before the first is used; and comparisons, on pairs of 16 bits, give masks of
+// bits, not branches.
 #include "conv/mask.h"
 
 #include <algorithm>
@@ -14,87 +17,138 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// MaskArgs, in the 32 bits that the elements of an image are counted in.
 struct KernelArgs {
-  MaskArgs m;
-  Divisor quads_per_image, quads_per_row;
+  const uint16_t *dy, *dpooled, *y;
+  uint16_t* dz;
+  uint32_t h, w, channels, dy_h, dy_w, dy_top, dy_left;
   uint32_t quads;
+  bool relu;
+  float* slabs;
+  Divisor quads_per_image, quads_per_row;
 };
 
-template <typename T, bool kVector>
-__global__ __launch_bounds__(kThreads) void MaskKernel(const __grid_constant__ KernelArgs k) {
-  const MaskArgs& m = k.m;
-  constexpr int kWidth = kVector ? kPack : 1;  // channels of a thread
-  const int c = (blockIdx.y * blockDim.x + threadIdx.x) * kWidth;
-  float sum[kWidth];
+// A thread's channels of a pixel, in pairs of 16 bits: 8 channels, or one beside a zero.
+template <bool kVector>
+struct Channels {
+  static constexpr int kPairs = kVector ? kPack / 2 : 1;
+  uint32_t pair[kPairs];
+};
+
+// What lies at p, or `otherwise` where it is not wanted. Written so that it becomes a load under a predicate: around
+// branches the loads of a quad would not all be on their way together.
+template <bool kVector>
+__device__ Channels<kVector> LoadIf(bool wanted, const uint16_t* p, uint32_t otherwise = 0) {
+  Channels<kVector> v;
 #pragma unroll
-  for (int e = 0; e < kWidth; ++e) sum[e] = 0.0f;
-  for (uint32_t quad = blockIdx.x * blockDim.y + threadIdx.y; quad < k.quads && c < m.channels;
+  for (uint32_t& pair : v.pair) pair = otherwise;
+  if constexpr (kVector) {
+    if (wanted) reinterpret_cast<uint4&>(v) = *reinterpret_cast<const uint4*>(p);
+  } else {
+    if (wanted) v.pair[0] = *p;
+  }
+  return v;
+}
+template <bool kVector>
+__device__ void StoreIf(bool wanted, uint16_t* p, const Channels<kVector>& v) {
+  if (!wanted) return;
+  if constexpr (kVector) {
+    *reinterpret_cast<uint4*>(p) = reinterpret_cast<const uint4&>(v);
+  } else {
+    *p = static_cast<uint16_t>(v.pair[0]);
+  }
+}
+
+// All bits of the halves in which a > b.
+template <typename T>
+__device__ uint32_t Greater(uint32_t a, uint32_t b) {
+  return __hgt2_mask(reinterpret_cast<const Pair<T>&>(a), reinterpret_cast<const Pair<T>&>(b));
+}
+template <typename T>
+__device__ float2 ToFloats(uint32_t bits) {
+  const Pair<T>& pair = reinterpret_cast<const Pair<T>&>(bits);
+  return {ToFloat(pair.x), ToFloat(pair.y)};
+}
+template <typename T>
+__device__ uint32_t FromFloats(float2 v) {
+  Pair<T> pair;
+  if constexpr (std::is_same_v<T, __half>) {
+    pair = __floats2half2_rn(v.x, v.y);
+  } else {
+    pair = __floats2bfloat162_rn(v.x, v.y);
+  }
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+template <typename T, bool kVector>
+__global__ __launch_bounds__(kThreads, 3) void MaskKernel(const __grid_constant__ KernelArgs k) {
+  using Loaded = Channels<kVector>;
+  constexpr int kWidth = kVector ? kPack : 1;
+  constexpr uint32_t kMinusZeros = 0x80008000u;  // added to anything, they leave all its bits as they are
+  const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * kWidth;
+  float sum[2 * Loaded::kPairs];
+#pragma unroll
+  for (float& s : sum) s = 0.0f;
+  for (uint32_t quad = blockIdx.x * blockDim.y + threadIdx.y; quad < k.quads && c < k.channels;
        quad += gridDim.x * blockDim.y) {
     uint32_t in_image, qj;
-    const int64_t image = k.quads_per_image.Divide(quad, &in_image);
-    const int64_t qi = k.quads_per_row.Divide(in_image, &qj);
-    const bool pools = m.dpooled != nullptr && 2 * qi + 1 < m.h && 2 * qj + 1 < m.w;
-    Pack<T> dy[4], y[4], dpooled;
-    int64_t at[4];
-    bool exists[4];
+    const uint64_t image = k.quads_per_image.Divide(quad, &in_image);
+    const uint32_t qi = k.quads_per_row.Divide(in_image, &qj);
+    const bool below = 2 * qi + 1 < k.h, right = 2 * qj + 1 < k.w;  // the quad's other pixels exist
+    const bool pools = k.dpooled != nullptr && below && right;
+    const uint32_t row = k.w * k.channels, dy_row = k.dy_w * k.channels;
+    const uint64_t at = image * k.h * row + (2 * qi * row + 2 * qj * k.channels + c);
+    // In dy, from its first pixel: left of it or above, numbers wrap around and are beyond its sides.
+    const uint32_t dy_i = 2 * qi - k.dy_top, dy_j = 2 * qj - k.dy_left;
+    const int64_t dy_at = image * k.dy_h * dy_row + static_cast<int32_t>(dy_i * dy_row + dy_j * k.channels + c);
+    Loaded dy[4], y[4];
 #pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      const int64_t i = 2 * qi + p / 2, j = 2 * qj + p % 2;
-      exists[p] = i < m.h && j < m.w;
-      at[p] = ((image * m.h + i) * m.w + j) * m.channels + c;
-      const int count = exists[p] ? kWidth : 0;
-      dy[p] = LoadPack<kVector>(static_cast<const T*>(m.dy) + at[p], count);
-      if (m.relu || pools) y[p] = LoadPack<kVector>(static_cast<const T*>(m.y) + at[p], count);
+    for (uint32_t p = 0; p < 4; ++p) {
+      const bool exists = (p / 2 == 0 || below) && (p % 2 == 0 || right);
+      y[p] = LoadIf<kVector>(exists && (k.relu || pools), k.y + at + (p / 2 * row + p % 2 * k.channels));
+      dy[p] = LoadIf<kVector>(dy_i + p / 2 < k.dy_h && dy_j + p % 2 < k.dy_w,
+                              k.dy + dy_at + (p / 2 * dy_row + p % 2 * k.channels));
     }
-    if (pools) {
-      dpooled = LoadPack<kVector>(
-          static_cast<const T*>(m.dpooled) + ((image * (m.h / 2) + qi) * (m.w / 2) + qj) * m.channels + c, kWidth);
-    }
+    const uint64_t pooled_at = (image * (k.h / 2) + qi) * (k.w / 2) + qj;
+    const Loaded dpooled = LoadIf<kVector>(pools, k.dpooled + pooled_at * k.channels + c, kMinusZeros);
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) {
-      int winner = 4;  // the first of equal maxima
-      if (pools) {
-        float top = ToFloat(y[0].v[e]);
-        winner = 0;
+    for (int e = 0; e < Loaded::kPairs; ++e) {
+      // The first of equal maxima wins. A NaN wins where it comes first of the four, and elsewhere never.
+      uint32_t wins[4] = {~0u}, top = y[0].pair[e];
 #pragma unroll
-        for (int p = 1; p < 4; ++p) {
-          const float v = ToFloat(y[p].v[e]);
-          if (v > top) top = v, winner = p;
-        }
+      for (int p = 1; p < 4; ++p) {
+        wins[p] = Greater<T>(y[p].pair[e], top);
+        top = (y[p].pair[e] & wins[p]) | (top & ~wins[p]);
+#pragma unroll
+        for (int q = 0; q < p; ++q) wins[q] &= ~wins[p];
       }
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
-        float v = ToFloat(dy[p].v[e]);
-        if (p == winner) v += ToFloat(dpooled.v[e]);
-        if (m.relu && !(ToFloat(y[p].v[e]) > 0.0f)) v = 0.0f;
-        sum[e] += v;
-        dy[p].v[e] = FromFloat<T>(v);
+        const uint32_t kept = k.relu ? Greater<T>(y[p].pair[e], 0) : ~0u, won = wins[p] & kept;
+        float2 v = ToFloats<T>(dy[p].pair[e] & kept);
+        const float2 unpooled = ToFloats<T>((dpooled.pair[e] & won) | (kMinusZeros & ~won));
+        v.x += unpooled.x, v.y += unpooled.y;
+        sum[2 * e] += v.x, sum[2 * e + 1] += v.y;
+        dy[p].pair[e] = FromFloats<T>(v);
       }
     }
-    if (m.dz == nullptr) continue;
+    if (k.dz == nullptr) continue;
 #pragma unroll
-    for (int p = 0; p < 4; ++p) StorePack<kVector>(static_cast<T*>(m.dz) + at[p], dy[p], exists[p] ? kWidth : 0);
+    for (uint32_t p = 0; p < 4; ++p) {
+      StoreIf<kVector>((p / 2 == 0 || below) && (p % 2 == 0 || right), k.dz + at + (p / 2 * row + p % 2 * k.channels),
+                       dy[p]);
+    }
   }
   __shared__ float sums[kThreads][kWidth + 1];
 #pragma unroll
   for (int e = 0; e < kWidth; ++e) sums[threadIdx.y * blockDim.x + threadIdx.x][e] = sum[e];
   __syncthreads();
-  if (threadIdx.y > 0 || c >= m.channels) return;
+  if (threadIdx.y > 0 || c >= k.channels) return;
 #pragma unroll
   for (int e = 0; e < kWidth; ++e) {
     for (int t = 1; t < blockDim.y; ++t) sum[e] += sums[t * blockDim.x + threadIdx.x][e];
-    m.slabs[static_cast<int64_t>(blockIdx.x) * m.channels + c + e] = sum[e];
+    k.slabs[static_cast<int64_t>(blockIdx.x) * k.channels + c + e] = sum[e];
   }
-}
-
-__global__ void ZeroKernel(uint16_t* data, int64_t h, int64_t w, int64_t channels, int64_t top, int64_t left,
-                           int64_t rows, int64_t cols) {
-  const int64_t row = blockIdx.x % h - top, step = static_cast<int64_t>(blockDim.x);
-  data += static_cast<int64_t>(blockIdx.x) * w * channels;
-  const bool crossed = row >= 0 && row < rows;  // by the window
-  const int64_t skip_from = crossed ? left * channels : w * channels;
-  const int64_t skip = crossed ? cols * channels : 0;
-  for (int64_t i = threadIdx.x; i < w * channels - skip; i += step) data[i < skip_from ? i : i + skip] = 0;
 }
 
 }  // namespace
@@ -111,8 +165,15 @@ size_t MaskSlabBytes(int64_t pixels, int64_t channels) {
 
 int MaskGradient(void* stream, DType dtype, const MaskArgs& m) {
   const int64_t rows = CeilDiv(m.h, 2), cols = CeilDiv(m.w, 2), quads = m.batch * rows * cols;
-  if (quads >= int64_t{1} << 31) return cudaErrorNotSupported;
-  const KernelArgs k{m, Divisor(rows * cols), Divisor(cols), static_cast<uint32_t>(quads)};
+  if (std::max(quads, m.h * m.w * m.channels) >= int64_t{1} << 31) return cudaErrorNotSupported;
+  KernelArgs k = {};
+  k.dy = static_cast<const uint16_t*>(m.dy), k.dpooled = static_cast<const uint16_t*>(m.dpooled);
+  k.y = static_cast<const uint16_t*>(m.y), k.dz = static_cast<uint16_t*>(m.dz), k.slabs = m.slabs;
+  k.h = static_cast<uint32_t>(m.h), k.w = static_cast<uint32_t>(m.w), k.channels = static_cast<uint32_t>(m.channels);
+  k.dy_h = static_cast<uint32_t>(m.dy_h), k.dy_w = static_cast<uint32_t>(m.dy_w);
+  k.dy_top = static_cast<uint32_t>(m.dy_top), k.dy_left = static_cast<uint32_t>(m.dy_left);
+  k.quads = static_cast<uint32_t>(quads), k.relu = m.relu;
+  k.quads_per_image = Divisor(rows * cols), k.quads_per_row = Divisor(cols);
   const bool vector = m.channels % kPack == 0;
   const int64_t groups = vector ? m.channels / kPack : m.channels;
   unsigned lanes = 1;
@@ -124,12 +185,6 @@ int MaskGradient(void* stream, DType dtype, const MaskArgs& m) {
     return Launch(vector ? MaskKernel<T, true> : MaskKernel<T, false>, grid, block, 0, stream, k);
   }));
   return SumSlabs(stream, dtype, m.slabs, blocks, m.channels, m.dbias);
-}
-
-int ZeroOutside(void* stream, void* data, int64_t batch, int64_t h, int64_t w, int64_t channels, int64_t top,
-                int64_t left, int64_t rows, int64_t cols) {
-  return Launch(ZeroKernel, static_cast<unsigned>(batch * h), 128, 0, stream, static_cast<uint16_t*>(data), h, w,
-                channels, top, left, rows, cols);
 }
 
 int ZeroWeightGradient(void* stream, void* dkernel, int64_t kernel_elements, void* dbias, int64_t filters) {

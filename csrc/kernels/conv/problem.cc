@@ -46,6 +46,16 @@ std::string Conv2DProblem::SetDims(const Dims& x, const Dims* skip, const Dims& 
   return "";
 }
 
+std::string Conv2DProblem::SetDyDims(const Dims& dy) {
+  std::string error = CheckRank4("dy", dy, "[batch, height, width, filters]");
+  if (!error.empty()) return error;
+  if (dy[0] != batch || dy[1] > out_height() || dy[2] > out_width() || dy[3] != filters) {
+    return "dy: expected y's shape " + ToString(y_dims()) + " or a smaller height and width, got " + ToString(dy);
+  }
+  dy_height = dy[1], dy_width = dy[2];
+  return "";
+}
+
 std::string Conv2DTransposeProblem::SetDims(const Dims& x, const Dims& kernel) {
   std::string error = CheckRank4("x", x, "[batch, height, width, channels]");
   if (error.empty()) error = CheckRank4("kernel", kernel, "[k, k, filters, channels]");

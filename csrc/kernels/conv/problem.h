@@ -17,11 +17,15 @@ using Dims = std::vector<int64_t>;
 //   kernel [kernel_size, kernel_size, channels + skip_channels, filters]
 //   y      [batch, out_height, out_width, filters]
 //   pooled [batch, out_height / 2, out_width / 2, filters]
+// Gradients have the shapes of what they are the gradients of, but for two:
+//   dskip  [batch, height, width, skip_channels]: of the crop, since outside of it skip has none
+//   dy     [batch, dy_height, dy_width, filters]: of y's centre, cropped like skip; zero outside of it
 struct Conv2DProblem {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, height = 0, width = 0, channels = 0;
   int64_t skip_height = 0, skip_width = 0, skip_channels = 0;
   int64_t filters = 0, kernel_size = 3;
+  int64_t dy_height = 0, dy_width = 0;
   bool same = false;           // padding: zeros around x so that y has its size; else none
   bool relu = true;            // activation
   bool pool = false;           // also give the 2x2 max pool of y
@@ -34,16 +38,20 @@ struct Conv2DProblem {
   int64_t in_channels() const { return channels + skip_channels; }
   int64_t crop_top() const { return (skip_height - height) / 2; }
   int64_t crop_left() const { return (skip_width - width) / 2; }
+  int64_t dy_top() const { return (out_height() - dy_height) / 2; }
+  int64_t dy_left() const { return (out_width() - dy_width) / 2; }
   int64_t kernel_elements() const { return kernel_size * kernel_size * in_channels() * filters; }
 
   Dims x_dims() const { return {batch, height, width, channels}; }
-  Dims skip_dims() const { return {batch, skip_height, skip_width, skip_channels}; }
+  Dims dskip_dims() const { return {batch, height, width, skip_channels}; }
   Dims kernel_dims() const { return {kernel_size, kernel_size, in_channels(), filters}; }
   Dims y_dims() const { return {batch, out_height(), out_width(), filters}; }
   Dims pooled_dims() const { return {batch, out_height() / 2, out_width() / 2, filters}; }
 
   // Takes the sizes from shapes (skip null: none); the flags must be set. Gives what is wrong with them, or "".
   std::string SetDims(const Dims& x, const Dims* skip, const Dims& kernel);
+  // For the gradient, after SetDims: likewise.
+  std::string SetDyDims(const Dims& dy);
 };
 
 // y = activation(conv_transpose(x, kernel) + bias), stride 2, 'same': y[2i + r] += x[i] kernel[r], cut at 2 * height.

@@ -107,9 +107,16 @@ void MaskGradient(ThreadPool& pool, const MaskedGradient& g) {
         continue;
       }
       std::fill(dz[q] + g.w * g.c, dz[q] + g.grid_w * g.c, 0.0f);
-      const int64_t offset = (n * g.h + i) * g.w * g.c;
-      GetPrimitives().to_float(At(g.dy, g.type, offset), g.type, dz[q], g.w * g.c);
-      y[q] = Row(g.y, g.type, offset, g.w * g.c, &y_storage[q]);
+      const int64_t dy_row = i - g.dy_top;
+      const bool covered = dy_row >= 0 && dy_row < g.dy_h;
+      float* const left = dz[q] + (covered ? g.dy_left : g.w) * g.c;
+      std::fill(dz[q], left, 0.0f);
+      if (covered) {
+        const int64_t count = g.dy_w * g.c, offset = (n * g.dy_h + dy_row) * count;
+        GetPrimitives().to_float(At(g.dy, g.type, offset), g.type, left, count);
+        std::fill(left + count, dz[q] + g.w * g.c, 0.0f);
+      }
+      y[q] = Row(g.y, g.type, (n * g.h + i) * g.w * g.c, g.w * g.c, &y_storage[q]);
     }
     if (g.dpooled != nullptr && first / 2 < g.h / 2) {
       const int64_t pooled_w = g.w / 2;

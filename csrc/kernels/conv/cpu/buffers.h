@@ -56,9 +56,11 @@ void GatherPatches(ThreadPool& pool, const void* source, DType type, int64_t n, 
 //   dz = (dy + unpool(dpooled)) * (y > 0), written into a grid [n, grid_h, grid_w, c], zeros beyond h x w;
 //   row_sums[n * h, c] gets its sum over each row.
 struct MaskedGradient {
-  const void *dy, *dpooled, *y;  // [n, h, w, c], [n, h / 2, w / 2, c] or null, [n, h, w, c]
+  const void* dy;           // [n, dy_h, dy_w, c], a window of y at (dy_top, dy_left); zero outside of it
+  const void *dpooled, *y;  // [n, h / 2, w / 2, c] or null, [n, h, w, c]
   DType type;
   int64_t n, h, w, c;
+  int64_t dy_h, dy_w, dy_top, dy_left;
   bool relu;
   float* dz;
   int64_t grid_h, grid_w;

@@ -17,9 +17,8 @@ namespace {
 constexpr int64_t kPatchesBelow = 8;
 
 // The part of a float32 skip tensor that the convolution sees.
-template <class Float>
-View<Float> CroppedSkip(const Conv2DProblem& p, Float* skip) {
-  auto view = View<Float>::Contiguous(skip, p.skip_height, p.skip_width, p.skip_channels);
+View<const float> CroppedSkip(const Conv2DProblem& p, const float* skip) {
+  auto view = View<const float>::Contiguous(skip, p.skip_height, p.skip_width, p.skip_channels);
   if (skip != nullptr) view.data = view.At(0, p.crop_top(), p.crop_left());
   view.h = p.height, view.w = p.width;
   return view;
@@ -41,27 +40,25 @@ void GatherInputs(ThreadPool& pool, const Conv2DProblem& p, const void* x, const
   GatherToGrid(pool, g);
 }
 
-// Splits dinput [n, height, width, in_channels] into dx and dskip (zero outside the crop), masked where asked for.
+// Splits dinput [n, height, width, in_channels] into dx and dskip, masked where asked for.
 void ScatterInputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradient& d, int64_t first, int64_t n,
                           const float* dinput) {
+  // `input` is [batch, h, w, c], of which the convolution sees the part at (top, left).
   const auto scatter = [&](const void* input, void* target, int64_t h, int64_t w, int64_t c, int64_t top, int64_t left,
                            int64_t channel) {
     if (target == nullptr || c == 0) return;
-    ParallelFor(pool, n * h, [&](int64_t row) {
-      const int64_t offset = (first * h + row) * w * c, i = row % h - top;
-      std::vector<float> out(w * c, 0.0f), mask;
-      if (i >= 0 && i < p.height) {
-        const float* source = dinput + (row / h * p.height + i) * p.width * p.in_channels() + channel;
-        for (int64_t j = 0; j < p.width; ++j) {
-          std::copy_n(source + j * p.in_channels(), c, out.data() + (left + j) * c);
-        }
-        if (p.input_is_relu) {
-          mask.resize(w * c);
-          GetPrimitives().to_float(At(input, p.dtype, offset), p.dtype, mask.data(), w * c);
-          for (int64_t k = 0; k < w * c; ++k) out[k] = mask[k] > 0.0f ? out[k] : 0.0f;
-        }
+    const int64_t count = p.width * c;
+    ParallelFor(pool, n * p.height, [&](int64_t row) {
+      std::vector<float> out(count), mask;
+      const float* source = dinput + row * p.width * p.in_channels() + channel;
+      for (int64_t j = 0; j < p.width; ++j) std::copy_n(source + j * p.in_channels(), c, out.data() + j * c);
+      if (p.input_is_relu) {
+        mask.resize(count);
+        const int64_t input_row = (first + row / p.height) * h + top + row % p.height;
+        GetPrimitives().to_float(At(input, p.dtype, (input_row * w + left) * c), p.dtype, mask.data(), count);
+        for (int64_t k = 0; k < count; ++k) out[k] = mask[k] > 0.0f ? out[k] : 0.0f;
       }
-      GetPrimitives().from_float(out.data(), p.dtype, At(target, p.dtype, offset), w * c);
+      GetPrimitives().from_float(out.data(), p.dtype, At(target, p.dtype, (first * p.height + row) * count), count);
     });
   };
   scatter(d.x, d.dx, p.height, p.width, p.channels, 0, 0, 0);
@@ -128,13 +125,14 @@ void InputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradien
     Conv(pool, a);
   }
   if (d.dskip != nullptr) {
-    const int64_t row = p.skip_width * p.skip_channels, offset = first * p.skip_height * row;
-    float* dskip = static_cast<float*>(d.dskip) + offset;
-    ParallelFor(pool, n * p.skip_height, [&](int64_t i) { std::fill_n(dskip + i * row, row, 0.0f); });
+    float* dskip = static_cast<float*>(d.dskip) + first * p.height * p.width * p.skip_channels;
     a.kernel += p.channels;
-    a.y = CroppedSkip(p, dskip);
+    a.y = View<float>::Contiguous(dskip, p.height, p.width, p.skip_channels);
     a.mask = {};
-    if (p.input_is_relu) a.mask = CroppedSkip(p, static_cast<const float*>(d.skip) + offset);
+    if (p.input_is_relu) {
+      const int64_t offset = first * p.skip_height * p.skip_width * p.skip_channels;
+      a.mask = CroppedSkip(p, static_cast<const float*>(d.skip) + offset);
+    }
     GetPrimitives().direct_conv(pool, a);
   }
 }
@@ -234,7 +232,8 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
   for (int64_t first = 0; first < p.batch; first += chunk) {
     const int64_t n = std::min(chunk, p.batch - first), out_offset = first * oh * ow * co;
     MaskedGradient m;
-    m.dy = At(d.dy, p.dtype, out_offset), m.y = At(d.y, p.dtype, out_offset);
+    m.dy = At(d.dy, p.dtype, first * p.dy_height * p.dy_width * co), m.y = At(d.y, p.dtype, out_offset);
+    m.dy_h = p.dy_height, m.dy_w = p.dy_width, m.dy_top = p.dy_top(), m.dy_left = p.dy_left();
     m.dpooled = p.pool ? At(d.dpooled, p.dtype, first * (oh / 2) * (ow / 2) * co) : nullptr;
     m.type = p.dtype, m.n = n, m.h = oh, m.w = ow, m.c = co, m.relu = p.relu;
     m.dz = dz.get(), m.grid_h = plan.grid_h, m.grid_w = plan.grid_w, m.row_sums = row_sums.data() + first * oh * co;

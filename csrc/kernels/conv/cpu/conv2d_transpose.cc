@@ -99,6 +99,7 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
     MaskedGradient m;
     m.dy = At(d.dy, p.dtype, first * out_size), m.y = At(d.y, p.dtype, first * out_size), m.dpooled = nullptr;
     m.type = p.dtype, m.n = n, m.h = 2 * h, m.w = 2 * w, m.c = co, m.relu = p.relu;
+    m.dy_h = m.h, m.dy_w = m.w, m.dy_top = m.dy_left = 0;
     m.dz = dz.get(), m.grid_h = 2 * h, m.grid_w = 2 * w, m.row_sums = row_sums.data() + first * 2 * h * co;
     MaskGradient(pool, m);
 

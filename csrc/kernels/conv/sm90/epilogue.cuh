@@ -19,16 +19,17 @@ __device__ Position Locate(const Args& args, uint32_t m) {
 }
 
 // Where a row of the product goes, in units of 16 bytes: in the first result, and in the second, or of the first row of
-// a pooling window in `pooled`. As numbers of 32 bits they are worked out once a tile and cost the epilogue little.
-struct alignas(8) Place {
-  uint32_t first, second;
+// a pooling window in `pooled`; and where the second result's mask lies, the first's lying like its data. As numbers of
+// 32 bits they are worked out once a tile and cost the epilogue little.
+struct Place {
+  uint32_t first, second, mask;
 };
 constexpr uint32_t kNowhere = ~0u;
 
-__device__ inline uint32_t Units(const GemmResult& to, const Position& at, int64_t offset) {
-  return static_cast<uint32_t>(
-      (at.image * to.image_stride + at.row * to.row_stride + static_cast<int64_t>(at.col) * to.pixel_stride + offset) /
-      kPack);
+__device__ inline uint32_t Units(const Position& at, int64_t image_stride, int64_t row_stride, int64_t pixel_stride,
+                                 int64_t offset) {
+  return static_cast<uint32_t>((at.image * image_stride + at.row * row_stride + at.col * pixel_stride + offset) /
+                               kPack);
 }
 
 // Two results as one 32-bit register.

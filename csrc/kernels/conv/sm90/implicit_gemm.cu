@@ -55,6 +55,7 @@ int ImplicitGemm(void* stream, DType dtype, const GemmArgs& g, int config) {
   k.tiles_n = static_cast<int>(CeilDiv(g.n, c.n)), k.tiles = k.tiles_m * k.tiles_n * g.lists;
   k.splits = c.splits;
   k.result[0] = g.result[0], k.result[1] = g.result[1];
+  k.mask_image_stride = g.mask_image_stride, k.mask_row_stride = g.mask_row_stride;
   k.split = g.results == 2 ? g.result[0].channels : g.n;
   k.bias = g.bias, k.relu = g.relu, k.pooled = g.pooled;
   return dtype == DType::kFloat16 ? LaunchFloat16(stream, k, config, g.transposed)

@@ -45,7 +45,8 @@ struct KernelArgs {
   int tiles_m, tiles_n, tiles;
   int splits;  // blocks of a cluster
   GemmResult result[2];
-  int split;  // columns from here on belong to the second result
+  int64_t mask_image_stride, mask_row_stride;  // of the second result's mask
+  int split;                                   // columns from here on belong to the second result
   const void* bias;
   bool relu;
   void* pooled;
@@ -192,17 +193,20 @@ __device__ void Stage(const float (&sum)[kTileN / 2], int strip_n, const KernelA
 // A row's places, and the first touch of what will mask it, which so comes from the second-level cache in the epilogue.
 template <typename S>
 __device__ Place Locate(const KernelArgs& g, const TileIndex& tile, Position at, int group_index) {
-  Place place = {kNowhere, kNowhere};
+  Place place = {kNowhere, kNowhere, kNowhere};
   if (S::kPairs) at.row = at.row * 2 + group_index;
   if (at.image >= g.batch || at.row >= g.out_h || at.col >= g.out_w) return place;
-  place.first = Units(g.result[0], at, g.result_offset[tile.list]);
+  const int64_t offset = g.result_offset[tile.list];
+  place.first = Units(at, g.result[0].image_stride, g.result[0].row_stride, g.result[0].pixel_stride, offset);
   if (S::kPairs) {
     if (group_index == 0 && at.col % 2 == 0 && at.row + 1 < g.out_h && at.col + 1 < g.out_w) {
       const int64_t image = static_cast<int64_t>(at.image) * (g.out_h / 2);
       place.second = static_cast<uint32_t>(((image + at.row / 2) * (g.out_w / 2) + at.col / 2) * g.n / kPack);
     }
   } else if (g.split < g.n) {
-    place.second = Units(g.result[1], at, g.result_offset[tile.list]);
+    const GemmResult& second = g.result[1];
+    place.second = Units(at, second.image_stride, second.row_stride, second.pixel_stride, offset);
+    place.mask = Units(at, g.mask_image_stride, g.mask_row_stride, second.pixel_stride, offset);
   }
 #pragma unroll
   for (int s = 0; s < S::kTileN / 64; ++s) {
@@ -210,7 +214,7 @@ __device__ Place Locate(const KernelArgs& g, const TileIndex& tile, Position at,
     const bool second = n >= g.split;
     const void* mask = g.result[second].mask;
     if (mask != nullptr && n < g.n) {
-      const uint32_t unit = (second ? place.second : place.first) + (n - (second ? g.split : 0)) / kPack;
+      const uint32_t unit = (second ? place.mask : place.first) + (n - (second ? g.split : 0)) / kPack;
       asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint4*>(mask) + unit));
     }
   }
@@ -343,7 +347,9 @@ __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             unit[i] = n >= g.n ? kNowhere : second ? rows[i * 4].second : rows[i * 4].first;
-            if (mask != nullptr && unit[i] != kNowhere) masks[i] = mask[unit[i] + column];
+            if (mask != nullptr && unit[i] != kNowhere) {
+              masks[i] = mask[(second ? rows[i * 4].mask : unit[i]) + column];
+            }
           }
         };
         // Early, where there are registers to wait in; where there are two blocks, the other one is at work meanwhile.

@@ -24,8 +24,14 @@ int LaunchStationary(void* stream, const StationaryArgs& k, bool transposed, Rol
 }
 
 // Results, or what masks them: tiles of two rows.
-ImageMap ResultMap(const GemmArgs& g, const GemmResult& result, const void* data, int cols) {
-  return {data, result.channels, g.out_w, g.out_h, g.batch, result.row_stride, result.image_stride, cols, 2};
+ImageMap ResultMap(const GemmArgs& g, const GemmResult& result, int cols) {
+  return {result.data, result.channels, g.out_w, g.out_h, g.batch, result.row_stride, result.image_stride, cols, 2};
+}
+ImageMap MaskMap(const GemmArgs& g, int index, int cols) {
+  ImageMap map = ResultMap(g, g.result[index], cols);
+  map.data = g.result[index].mask;
+  if (index == 1) map.row_stride = g.mask_row_stride, map.image_stride = g.mask_image_stride;
+  return map;
 }
 
 }  // namespace
@@ -66,11 +72,9 @@ int StationaryGemm(void* stream, DType dtype, const GemmArgs& g) {
 
   k.masked = g.result[0].mask != nullptr;
   for (int group = 0; group < 2; ++group) {
-    const GemmResult& result = g.result[group < g.results ? group : 0];
-    UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(ResultMap(g, result, result.data, cols), dtype, &k.result[group]));
-    if (k.masked) {
-      UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(ResultMap(g, result, result.mask, cols), dtype, &k.mask[group]));
-    }
+    const int index = group < g.results ? group : 0;
+    UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(ResultMap(g, g.result[index], cols), dtype, &k.result[group]));
+    if (k.masked) UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(MaskMap(g, index, cols), dtype, &k.mask[group]));
     k.result_channel[group] = group == 1 && g.results == 1 && roles == Roles::kResults ? 64 : 0;
   }
   const bool pooled = g.pooled != nullptr && g.out_h > 1 && g.out_w > 1;

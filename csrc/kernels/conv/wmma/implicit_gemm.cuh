@@ -248,17 +248,19 @@ __device__ void ImplicitGemmBlock(const GemmArgs& g) {
       out[p] = Rounded<T>(v);
       if (g.relu) out[p] = Relu(out[p]);
     }
-    const auto store = [&](const GemmResult& to, int column, int first, int last) {  // elements [first, last)
-      const int64_t at = quad.image * to.image_stride + static_cast<int64_t>(quad.row) * to.row_stride +
-                         static_cast<int64_t>(quad.col) * to.pixel_stride + taps.result_offset + column;
-      int64_t pixel[4];
+    // Elements [first, last) of the columns; the mask's strides are its own.
+    const auto store = [&](const GemmResult& to, int64_t mask_image_stride, int64_t mask_row_stride, int column,
+                           int first, int last) {
+      const int64_t in_row = static_cast<int64_t>(quad.col) * to.pixel_stride + taps.result_offset + column;
+      const int64_t at = quad.image * to.image_stride + quad.row * to.row_stride + in_row;
+      const int64_t mask_at = quad.image * mask_image_stride + quad.row * mask_row_stride + in_row;
       Pack<T> mask[4];  // all four on their way before the first is used
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
-        pixel[p] = at + (p / 2 ? to.row_stride : 0) + (p % 2 ? to.pixel_stride : 0);
         const bool exists = p / 2 < rows && p % 2 < cols;
         if (to.mask == nullptr || !exists) continue;
-        const T* from = static_cast<const T*>(to.mask) + pixel[p];
+        const T* from =
+            static_cast<const T*>(to.mask) + mask_at + (p / 2 ? mask_row_stride : 0) + (p % 2 ? to.pixel_stride : 0);
         if constexpr (kVector) {
           mask[p] = *reinterpret_cast<const Pack<T>*>(from);
         } else {
@@ -270,7 +272,7 @@ __device__ void ImplicitGemmBlock(const GemmArgs& g) {
       for (int p = 0; p < 4; ++p) {
         if (p / 2 >= rows || p % 2 >= cols) continue;
         const Pack<T> masked = to.mask != nullptr ? Masked(out[p], mask[p]) : out[p];
-        T* target = static_cast<T*>(to.data) + pixel[p];
+        T* target = static_cast<T*>(to.data) + at + (p / 2 ? to.row_stride : 0) + (p % 2 ? to.pixel_stride : 0);
         if constexpr (kVector) {
           *reinterpret_cast<Pack<T>*>(target) = masked;
         } else {
@@ -282,8 +284,12 @@ __device__ void ImplicitGemmBlock(const GemmArgs& g) {
       }
     };
     const int last = count < kPack ? count : kPack;
-    if (split > 0) store(g.result[0], n, 0, split < last ? split : last);
-    if (split < last) store(g.result[1], n - g.result[0].channels, split > 0 ? split : 0, last);
+    if (split > 0) {
+      store(g.result[0], g.result[0].image_stride, g.result[0].row_stride, n, 0, split < last ? split : last);
+    }
+    if (split < last) {
+      store(g.result[1], g.mask_image_stride, g.mask_row_stride, n - g.result[0].channels, split > 0 ? split : 0, last);
+    }
     if (g.pooled != nullptr && rows > 1 && cols > 1) {
       const int64_t pixel =
           (static_cast<int64_t>(quad.image) * (g.out_h / 2) + quad.row / 2) * (g.out_w / 2) + quad.col / 2;
