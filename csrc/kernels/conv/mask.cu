@@ -14,6 +14,43 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Of a gradient that is neither masked nor unpooled, the sum alone. Lanes and slabs as of MaskKernel. Registers for all
+// loads in flight are worth more than further blocks on a multiprocessor, which the compiler would go for.
+template <typename T, bool kVector>
+__global__ __launch_bounds__(kThreads, 4) void SumKernel(const uint16_t* dy, int64_t pixels, int64_t channels,
+                                                         float* slabs) {
+  constexpr int kWidth = kVector ? kPack : 1, kInFlight = 8;  // channels of a thread, loads that it waits for
+  const int64_t c = (blockIdx.y * blockDim.x + threadIdx.x) * kWidth, step = gridDim.x * blockDim.y;
+  float sum[kWidth];
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) sum[e] = 0.0f;
+  const auto add = [&sum](const uint4& words) {
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) sum[e] += ToFloat(reinterpret_cast<const T*>(&words)[e]);
+  };
+  int64_t pixel = c < channels ? blockIdx.x * blockDim.y + threadIdx.y : pixels;
+  const uint16_t* from = dy + pixel * channels + c;
+  const int64_t stride = step * channels;
+  for (; pixel + (kInFlight - 1) * step < pixels; pixel += kInFlight * step, from += kInFlight * stride) {
+    uint4 words[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) words[i] = LoadWords<kVector>(from + i * stride, kWidth);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) add(words[i]);
+  }
+  for (; pixel < pixels; pixel += step, from += stride) add(LoadWords<kVector>(from, kWidth));
+  __shared__ float sums[kThreads * kWidth];
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, width = blockDim.x * kWidth;  // of the block
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) sums[thread * kWidth + e] = sum[e];
+  __syncthreads();
+  const int64_t channel = blockIdx.y * width + thread;
+  if (thread >= width || channel >= channels) return;
+  float total = 0.0f;
+  for (int y = 0; y < blockDim.y; ++y) total += sums[y * width + thread];
+  slabs[blockIdx.x * channels + channel] = total;
+}
+
 struct KernelArgs {
   MaskArgs m;
   Divisor quads_per_image, quads_per_row;
@@ -121,6 +158,10 @@ int MaskGradient(void* stream, DType dtype, const MaskArgs& m) {
   const dim3 grid(blocks, static_cast<unsigned>(CeilDiv(groups, lanes))), block(lanes, kThreads / lanes);
   UNET_FAST_CUDA_RETURN_IF_ERROR(Dispatch16(dtype, [&](auto type) -> int {
     using T = decltype(type);
+    if (m.dz == nullptr && !m.relu && m.dpooled == nullptr) {
+      return Launch(vector ? SumKernel<T, true> : SumKernel<T, false>, grid, block, 0, stream,
+                    static_cast<const uint16_t*>(m.dy), m.batch * m.h * m.w, m.channels, m.slabs);
+    }
     return Launch(vector ? MaskKernel<T, true> : MaskKernel<T, false>, grid, block, 0, stream, k);
   }));
   return SumSlabs(stream, dtype, m.slabs, blocks, m.channels, m.dbias);
