@@ -278,6 +278,7 @@ def cases(kernels):
     add("few channels, same, pool", conv2d, (2, 11, 9), 3, 64, same=True, pool=True)
     add("few channels, odd filters", conv2d, (2, 10, 12), 7, 70, relu=False, pool=True)
     add("few channels, 1x1", conv2d, (2, 10, 12), 5, 24, k=1)
+    add("four channels, dy as it comes", conv2d, (2, 21, 19), 4, 72, same=True, relu=False)
     for channels, filters in ((64, 2), (72, 3), (72, 5), (13, 1), (13, 4), (13, 8)):
         add(f"few filters, {channels}>{filters}", conv2d, (2, 30, 31), channels, filters, k=1, input_is_relu=True)
     add("few filters, no dx, dy masked", conv2d, (2, 9, 10), 64, 2, k=1, left_out=("dx",), dy_is_masked=True)

@@ -98,11 +98,16 @@ def check_conv2d(x, kernel, bias, skip, choices=None, pool=False, input_is_relu=
         ((2, 21, 19), 3, None, 64, 3, {"same": True, "pool": True}),
         ((2, 10, 12), 7, None, 70, 3, {"relu": False, "pool": True}),
         ((2, 10, 12), 5, None, 24, 1, {}),
+        ((2, 37, 45), 4, None, 72, 3, {"same": True, "relu": False}),
+        ((2, 18, 20), 2, None, 20, 3, {"relu": False}),
+        ((4, 280, 280), 1, None, 16, 3, {"same": True, "relu": False}),  # more tiles than any card runs at once
         # few filters
         ((2, 30, 31), 64, None, 2, 1, {"relu": False, "input_is_relu": True}),
         ((2, 9, 11), 72, None, 5, 1, {}),
         ((2, 9, 11), 13, None, 8, 1, {"same": True}),
         ((1, 9, 11), 1, None, 1, 1, {"relu": False}),
+        ((2, 9, 11), 200, None, 3, 1, {"relu": False, "input_is_relu": True}),
+        ((4, 280, 280), 16, None, 2, 1, {"relu": False, "input_is_relu": True}),
         ((1, 9, 11), 16, None, 2, 1, {"pool": True}),
         ((2, 9, 11), 16, None, 2, 3, {}),
     ],

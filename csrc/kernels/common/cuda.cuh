@@ -41,16 +41,18 @@ __device__ Pair<T>& PairAt(Pack<T>& pack, int pair) {
   return reinterpret_cast<Pair<T>*>(&pack)[pair];
 }
 template <typename T>
+__device__ Pair<T> RoundedPair(float a, float b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __floats2half2_rn(a, b);
+  } else {
+    return __floats2bfloat162_rn(a, b);
+  }
+}
+template <typename T>
 __device__ Pack<T> Rounded(const float (&v)[kPack]) {
   Pack<T> pack;
 #pragma unroll
-  for (int i = 0; i < kPack / 2; ++i) {
-    if constexpr (std::is_same_v<T, __half>) {
-      PairAt(pack, i) = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
-    } else {
-      PairAt(pack, i) = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-    }
-  }
+  for (int i = 0; i < kPack / 2; ++i) PairAt(pack, i) = RoundedPair<T>(v[2 * i], v[2 * i + 1]);
   return pack;
 }
 // NaN where either is.
@@ -97,6 +99,24 @@ __device__ Pack<T> LoadPack(const T* p, int count) {
     for (int e = 0; e < kPack; ++e) pack.v[e] = e < count ? p[e] : FromFloat<T>(0.0f);
   }
   return pack;
+}
+// The same for what no thread of the kernel writes, in whole registers from the start: of a Pack the compiler makes
+// eight halves, and waits for the load to take them apart.
+template <bool kVector>
+__device__ uint4 LoadWords(const uint16_t* p, int count) {
+  uint4 words = make_uint4(0, 0, 0, 0);
+  if constexpr (kVector) {
+    if (count > 0) words = __ldg(reinterpret_cast<const uint4*>(p));
+  } else {
+    const auto pair = [p, count](int e) {
+      return (e < count ? uint32_t{__ldg(p + e)} : 0) | (e + 1 < count ? uint32_t{__ldg(p + e + 1)} << 16 : 0);
+    };
+    words = make_uint4(pair(0), pair(2), pair(4), pair(6));
+  }
+  return words;
+}
+__device__ inline uint32_t Word(const uint4& words, int i) {
+  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 template <bool kVector, typename T>
 __device__ void StorePack(T* p, const Pack<T>& pack, int count) {

@@ -93,8 +93,8 @@ struct GradWorkspace {
     const WgradArgs wgrad = Wgrad(p, {}, nullptr);
     if (StoresDz(p)) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
     bias_slabs = static_cast<float*>(layout.Take(BiasSlabBytes(wgrad, tuning)));
-    slabs = static_cast<float*>(layout.Take(HasFewFilters(p)    ? FewFiltersWgradSlabBytes(p)
-                                            : HasFewChannels(p) ? FewChannelsWgradSlabBytes(p)
+    slabs = static_cast<float*>(layout.Take(HasFewFilters(p)    ? FewFiltersGradSlabBytes(p)
+                                            : HasFewChannels(p) ? FewChannelsGradSlabBytes(p)
                                                                 : WgradSlabBytes(wgrad, tuning)));
   }
 };
@@ -132,8 +132,7 @@ int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& p, const Conv2DGradien
   const bool stores_dz = StoresDz(p);
   const GradWorkspace space(workspace, p, tuning);
   const void* dz = stores_dz ? space.dz : d.dy;
-  const bool direct = HasFewFilters(p) || HasFewChannels(p);
-  if (stores_dz || direct) {
+  if (stores_dz) {
     MaskArgs m = {};
     m.dy = d.dy, m.dpooled = p.pool ? d.dpooled : nullptr, m.y = d.y;
     m.batch = p.batch, m.h = p.out_height(), m.w = p.out_width(), m.channels = p.filters;
@@ -143,15 +142,16 @@ int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& p, const Conv2DGradien
     UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, p.dtype, m));
   }
 
-  if (d.dx != nullptr || (d.dskip != nullptr && p.skip_channels > 0)) {
-    UNET_FAST_CUDA_RETURN_IF_ERROR(HasFewFilters(p) ? FewFiltersDgrad(stream, p, dz, d.x, d.kernel, d.dx)
-                                                    : Dgrad(stream, p, d, dz, tuning));
+  void* const dbias = stores_dz ? nullptr : d.dbias;  // still to be computed
+  if (HasFewFilters(p)) {
+    return FewFiltersGrad(stream, p, d.x, dz, d.kernel, d.dx, d.dkernel, dbias, space.slabs);
   }
-  if (HasFewFilters(p)) return FewFiltersWgrad(stream, p, d.x, dz, d.dkernel, space.slabs);
-  if (HasFewChannels(p)) return FewChannelsWgrad(stream, p, d.x, dz, d.dkernel, space.slabs);
+  if (d.dx != nullptr || (d.dskip != nullptr && p.skip_channels > 0)) {
+    UNET_FAST_CUDA_RETURN_IF_ERROR(Dgrad(stream, p, d, dz, tuning));
+  }
+  if (HasFewChannels(p)) return FewChannelsGrad(stream, p, d.x, dz, d.dkernel, dbias, space.slabs);
   WgradArgs w = Wgrad(p, d, dz);
-  w.slabs = space.slabs, w.bias_slabs = space.bias_slabs;
-  if (!stores_dz) w.dbias = d.dbias;
+  w.slabs = space.slabs, w.bias_slabs = space.bias_slabs, w.dbias = dbias;
   return Wgrad(stream, p.dtype, w, tuning);
 }
 

@@ -17,6 +17,43 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Of a gradient that is neither masked nor unpooled, the sum alone. Lanes and slabs as of MaskKernel. Registers for all
+// loads in flight are worth more than further blocks on a multiprocessor, which the compiler would go for.
+template <typename T, bool kVector>
+__global__ __launch_bounds__(kThreads, 4) void SumKernel(const uint16_t* dy, int64_t pixels, int64_t channels,
+                                                         float* slabs) {
+  constexpr int kWidth = kVector ? kPack : 1, kInFlight = 8;  // channels of a thread, loads that it waits for
+  const int64_t c = (blockIdx.y * blockDim.x + threadIdx.x) * kWidth, step = gridDim.x * blockDim.y;
+  float sum[kWidth];
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) sum[e] = 0.0f;
+  const auto add = [&sum](const uint4& words) {
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) sum[e] += ToFloat(reinterpret_cast<const T*>(&words)[e]);
+  };
+  int64_t pixel = c < channels ? blockIdx.x * blockDim.y + threadIdx.y : pixels;
+  const uint16_t* from = dy + pixel * channels + c;
+  const int64_t stride = step * channels;
+  for (; pixel + (kInFlight - 1) * step < pixels; pixel += kInFlight * step, from += kInFlight * stride) {
+    uint4 words[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) words[i] = LoadWords<kVector>(from + i * stride, kWidth);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) add(words[i]);
+  }
+  for (; pixel < pixels; pixel += step, from += stride) add(LoadWords<kVector>(from, kWidth));
+  __shared__ float sums[kThreads * kWidth];
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, width = blockDim.x * kWidth;  // of the block
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) sums[thread * kWidth + e] = sum[e];
+  __syncthreads();
+  const int64_t channel = blockIdx.y * width + thread;
+  if (thread >= width || channel >= channels) return;
+  float total = 0.0f;
+  for (int y = 0; y < blockDim.y; ++y) total += sums[y * width + thread];
+  slabs[blockIdx.x * channels + channel] = total;
+}
+
 // MaskArgs, in the 32 bits that the elements of an image are counted in.
 struct KernelArgs {
   const uint16_t *dy, *dpooled, *y;
@@ -69,17 +106,6 @@ __device__ float2 ToFloats(uint32_t bits) {
   const Pair<T>& pair = reinterpret_cast<const Pair<T>&>(bits);
   return {ToFloat(pair.x), ToFloat(pair.y)};
 }
-template <typename T>
-__device__ uint32_t FromFloats(float2 v) {
-  Pair<T> pair;
-  if constexpr (std::is_same_v<T, __half>) {
-    pair = __floats2half2_rn(v.x, v.y);
-  } else {
-    pair = __floats2bfloat162_rn(v.x, v.y);
-  }
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
 template <typename T, bool kVector>
 __global__ __launch_bounds__(kThreads, 3) void MaskKernel(const __grid_constant__ KernelArgs k) {
   using Loaded = Channels<kVector>;
@@ -129,10 +155,9 @@ __global__ __launch_bounds__(kThreads, 3) void MaskKernel(const __grid_constant_
         const float2 unpooled = ToFloats<T>((dpooled.pair[e] & won) | (kMinusZeros & ~won));
         v.x += unpooled.x, v.y += unpooled.y;
         sum[2 * e] += v.x, sum[2 * e + 1] += v.y;
-        dy[p].pair[e] = FromFloats<T>(v);
+        reinterpret_cast<Pair<T>&>(dy[p].pair[e]) = RoundedPair<T>(v.x, v.y);
       }
     }
-    if (k.dz == nullptr) continue;
 #pragma unroll
     for (uint32_t p = 0; p < 4; ++p) {
       StoreIf<kVector>((p / 2 == 0 || below) && (p % 2 == 0 || right), k.dz + at + (p / 2 * row + p % 2 * k.channels),
@@ -182,6 +207,10 @@ int MaskGradient(void* stream, DType dtype, const MaskArgs& m) {
   const dim3 grid(blocks, static_cast<unsigned>(CeilDiv(groups, lanes))), block(lanes, kThreads / lanes);
   UNET_FAST_CUDA_RETURN_IF_ERROR(Dispatch16(dtype, [&](auto type) -> int {
     using T = decltype(type);
+    if (m.dz == nullptr && !m.relu && m.dpooled == nullptr) {
+      return Launch(vector ? SumKernel<T, true> : SumKernel<T, false>, grid, block, 0, stream,
+                    static_cast<const uint16_t*>(m.dy), m.batch * m.h * m.w, m.channels, m.slabs);
+    }
     return Launch(vector ? MaskKernel<T, true> : MaskKernel<T, false>, grid, block, 0, stream, k);
   }));
   return SumSlabs(stream, dtype, m.slabs, blocks, m.channels, m.dbias);

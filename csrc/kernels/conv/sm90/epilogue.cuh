@@ -35,12 +35,7 @@ __device__ inline uint32_t Units(const Position& at, int64_t image_stride, int64
 // Two results as one 32-bit register.
 template <typename T>
 __device__ uint32_t PackPair(float a, float b, bool relu) {
-  Pair<T> pair;
-  if constexpr (std::is_same_v<T, __half>) {
-    pair = __floats2half2_rn(a, b);
-  } else {
-    pair = __floats2bfloat162_rn(a, b);
-  }
+  Pair<T> pair = RoundedPair<T>(a, b);
   if (relu) pair = __hmax2_nan(pair, Pair<T>{});
   return reinterpret_cast<const uint32_t&>(pair);
 }
