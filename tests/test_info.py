@@ -5,7 +5,7 @@ import json
 import pytest
 import tensorflow as tf
 
-from unet_fast import _library, info, ops
+from unet_fast import FusedUNet, _library, choices, info, ops
 from unet_fast.cli import main
 
 OPS = {"conv2d_bias_relu", "conv2d_transpose_bias_relu", "max_pool2d", "dice_cross_entropy"}
@@ -101,3 +101,42 @@ def test_required_kernels_that_are_missing(monkeypatch):
     monkeypatch.setattr(_library, "status", lambda: _library.Status(False, "not built", False))
     engine = info.collect()["engines"]["float32"]
     assert engine["engine"] is None and "UNET_FAST_REQUIRE_KERNELS=1" in engine["why"]
+
+
+needs_cuda_build = pytest.mark.skipif(not _library.status().cuda, reason="the library was built without CUDA")
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(
+    ("capability", "dtype", "engine", "detail"),
+    [
+        (90, "float16", "sm90", "weights in registers, 64 channels by 64"),
+        (80, "bfloat16", "wmma", "sm90 is for compute capability 9.0"),
+        (75, "bfloat16", "none", "compute capability 8.0 or more is needed"),
+        (90, "float32", "none", "float32 is left to stock TensorFlow"),
+    ],
+)
+def test_choices_name_the_engine_of_a_layer_and_why(capability, dtype, engine, detail):
+    from unet_fast import _native
+
+    if engine == "sm90" and "sm90" not in _native.gpu.engines:
+        engine, detail = "wmma", "the build has no kernels for 9.0"
+    rows = choices.layer_choices(FusedUNet(backend="fused"), 8, capability, dtype)
+    of = {(row["layer"], row["product"]): row for row in rows}
+    row = of["down1_conv2", "forward"]
+    assert (row["shape"], row["engine"], row["detail"]) == ("570x570x64 > 568x568x64", engine, detail)
+    assert of["down1_conv1", "forward"]["engine"] == "direct"
+    assert ("down1_conv1", "input gradient") not in of
+    assert ("up1_transpose", "weight gradient") in of
+    assert len(rows) == 2 + 21 * 3 + 3
+
+
+@needs_cuda_build
+def test_info_shows_the_layers(capsys):
+    assert main(["info", "--layers", "--batch", "2"]) == 0
+    assert "batch 2" in capsys.readouterr().out
+    assert info.collect(layers_batch=1)["layers"]["rows"]
+
+
+def test_info_wants_a_batch():
+    assert main(["info", "--layers", "--batch", "0"]) == 2

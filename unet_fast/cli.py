@@ -164,6 +164,13 @@ def _parser():
         "Say what was built, what this machine has and what runs on it, and test every op. Exit status 1 if one fails.",
     )
     info.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    info.add_argument(
+        "--layers",
+        action="store_true",
+        help="also say on which engine each convolution of the reference network runs, and why; without a GPU, on which "
+        "it would on the first architecture that was built for",
+    )
+    info.add_argument("--batch", type=int, default=8, help="images a step, for --layers (default: %(default)s)")
     return parser
 
 
@@ -279,7 +286,9 @@ def _predict(options):
 def _info(options):
     from unet_fast import info
 
-    collected = info.collect()
+    if options.batch < 1:
+        raise UserError(f"expected --batch of at least 1, got {options.batch}")
+    collected = info.collect(layers_batch=options.batch if options.layers else None)
     if options.json:
         _print_json(collected)
     else:

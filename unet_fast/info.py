@@ -9,23 +9,30 @@ import rich.console
 import rich.table
 import tensorflow as tf
 
-from unet_fast import __version__, _library, ops, reference
+from unet_fast import __version__, _library, choices, ops, reference
 from unet_fast._fingerprint import source_fingerprint
 from unet_fast.errors import UserError
 from unet_fast.layers import GPU_DTYPES, use_fused
+from unet_fast.models import FusedUNet
 
 _ROUNDING = {"float32": 2e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # float32: sums of 200 terms in another order
 _DTYPES = tuple(_ROUNDING)
 
 
-def collect():
+def collect(layers_batch=None):
     """All that `unet-fast info` says, as JSON takes it.
+
+    Args:
+        layers_batch: images a step, to have `layers` as well; None for no.
 
     Returns:
         dict: `versions` of unet_fast, tensorflow, keras, numpy and python; `library`: available, reason (why not), cuda;
         `build`: what `unet_fast._native` says of itself, or None; `source`: `fingerprint` of the native sources beside
         the package, or None where it is installed without them, and `matches_build`; `gpus` that TensorFlow sees;
-        `engines`: what backend "auto" takes for each dtype here, and why; `self_test`: see there; `self_test_passed`.
+        `engines`: what backend "auto" takes for each dtype here, and why; `self_test`: see there; `self_test_passed`;
+        `layers`, if asked for: `compute_capability` of the first GPU, or of the first architecture built for, `present`,
+        whether it is a GPU's, `batch`, `dtype`, `reason` why there are none or None, and `rows`, what
+        `unet_fast.choices.layer_choices` says of the reference network.
 
     >>> from unet_fast import info
     >>> sorted(info.collect())
@@ -34,7 +41,7 @@ def collect():
     library, build = _library.status(), _build()
     fingerprint = source_fingerprint(Path(__file__).parent.parent)
     tests = self_test()
-    return {
+    collected = {
         "versions": {
             "unet_fast": __version__,
             "tensorflow": tf.__version__,
@@ -53,6 +60,22 @@ def collect():
         "self_test": tests,
         "self_test_passed": all(test["passed"] for test in tests),
     }
+    if layers_batch is not None:
+        collected["layers"] = _layers(collected, layers_batch)
+    return collected
+
+
+def _layers(collected, batch):
+    present = next((gpu["compute_capability"] for gpu in collected["gpus"] if gpu["compute_capability"]), None)
+    built = (collected["build"] or {}).get("cuda_architectures") or []
+    digits = "".join(filter(str.isdigit, built[0].split("-")[0])) if built else ""
+    capability = present or (f"{digits[:-1]}.{digits[-1]}" if digits else None)
+    layers = {"compute_capability": capability, "present": present is not None, "batch": batch, "dtype": "float16"}
+    if not built:
+        return layers | {"reason": "the library was built without CUDA", "rows": []}
+    network = FusedUNet(backend="fused", dtype="mixed_float16")
+    rows = choices.layer_choices(network, batch, int(capability.replace(".", "")), "float16")
+    return layers | {"reason": None, "rows": rows}
 
 
 def _build():
@@ -209,6 +232,9 @@ def show(collected):
     for name, text in lines:
         console.print(f"{name:<17}{text}")
 
+    if "layers" in collected:
+        _show_layers(console, collected["layers"])
+
     table = rich.table.Table("self-test", *_ROUNDING)
     cells = {}
     for test in collected["self_test"]:
@@ -221,6 +247,24 @@ def show(collected):
             console.print(f"{test['op']}, {test['dtype']}, {test['device']}: {test['detail']}")
     outcome = "passed" if collected["self_test_passed"] else "FAILED"
     console.print(f"self-test on {collected['self_test'][0]['device']}: {outcome}")
+
+
+def _show_layers(console, layers):
+    if layers["reason"]:
+        console.print(f"no layers: {layers['reason']}")
+        return
+    on = "this GPU" if layers["present"] else "no GPU here; as it would be"
+    console.print(
+        f"reference network, {layers['dtype']}, batch {layers['batch']}, compute capability "
+        f"{layers['compute_capability']} ({on}):"
+    )
+    table = rich.table.Table("layer", "product", "engine", "how, or why")
+    last = None
+    for row in layers["rows"]:
+        name = "" if row["layer"] == last else f"{row['layer']} {row['shape']}"
+        table.add_row(name, row["product"], row["engine"], row["detail"])
+        last = row["layer"]
+    console.print(table)
 
 
 def _build_lines(build, source):

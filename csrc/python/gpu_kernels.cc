@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include <pybind11/stl.h>
+
 #include "conv/gpu.h"
 #ifdef UNET_FAST_SM90
 #include "conv/sm90/config.h"
@@ -116,6 +118,11 @@ void BindGpuKernels(py::module_& m) {
       .def_readwrite("wgrad", &gpu::Conv2DTuning::wgrad)
       .def_readwrite("splits", &gpu::Conv2DTuning::splits);
 
+  py::class_<gpu::ProductChoice>(m, "ProductChoice", "An engine, and its tile or why it is this one.")
+      .def_readonly("product", &gpu::ProductChoice::product)
+      .def_readonly("engine", &gpu::ProductChoice::engine)
+      .def_readonly("detail", &gpu::ProductChoice::detail);
+
   // Of each engine in this build: how many tiles its implicit GEMM and its weight gradient have.
   py::dict engines;
   engines["wmma"] = py::make_tuple(gpu::wmma::kGemmTileCount, gpu::wmma::kWgradTileCount);
@@ -123,6 +130,11 @@ void BindGpuKernels(py::module_& m) {
   engines["sm90"] = py::make_tuple(gpu::sm90::kGemmConfigCount, gpu::sm90::kWgradConfigCount);
 #endif
   m.attr("engines") = engines;
+
+  m.def("conv2d_choices", &gpu::Conv2DChoices, py::arg("problem"), py::arg("compute_capability"),
+        "What each product would run on, on a device of that compute capability (90 for 9.0).");
+  m.def("conv2d_transpose_choices", &gpu::Conv2DTransposeChoices, py::arg("problem"), py::arg("compute_capability"),
+        "As conv2d_choices.");
 
   m.def(
       "conv2d_bias_relu",

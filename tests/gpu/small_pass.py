@@ -256,6 +256,19 @@ def cases(kernels):
         choices = native.tuning(kernels, engine=engine)
         add(f"{engine}, larger than the card", conv2d, (1, 282, 282), 8, 8, pool=True, choices=choices)
 
+    if "sm90" in kernels.engines:
+        for i in range(kernels.engines["sm90"][0]):  # enough channels for four blocks to share a sum
+            choices = native.tuning(kernels, engine="sm90", gemm=i)
+            for pool in (False, True):
+                name = f"sm90, tile {i}, many channels, {'pool' if pool else 'no pool'}"
+                add(name, conv2d, (1, 9, 12), 200, 72, pool=pool, choices=choices)
+    both = {"input_is_relu": True, "dy_is_masked": True}
+    add("narrow", conv2d, (2, 9, 50), 64, 64, **both)
+    add("narrow, pool", conv2d, (1, 11, 58), 64, 40, same=True, pool=True, input_is_relu=True)
+    add("narrow, two groups of filters", conv2d, (2, 8, 66), 64, 128, **both)
+    add("narrow, two groups of channels", conv2d, (2, 8, 30), 128, 64, **both)
+    add("narrow, skip", conv2d, (1, 9, 20), 64, 64, skip=(13, 25, 64), **both)
+    add("narrow, larger than the card", conv2d, (2, 160, 130), 64, 64, pool=True, **both)
     for left_out in (("dx",), ("dskip",), ("dx", "dskip")):
         add(f"no {', no '.join(left_out)}", conv2d, (2, 9, 10), 24, 48, skip=(12, 13, 40), left_out=left_out)
     add("no dx", conv2d, (2, 9, 10), 24, 48, left_out=("dx",))

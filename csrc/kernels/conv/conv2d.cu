@@ -45,7 +45,21 @@ TapList Taps(const Conv2DProblem& p, bool backwards) {
   return taps;
 }
 
-int Dgrad(void* stream, const Conv2DProblem& p, const Conv2DGradient& d, const void* dz, const Conv2DTuning& tuning) {
+GemmArgs Forward(const Conv2DProblem& p, const Conv2DForward& d) {
+  GemmArgs g;
+  g.source[0] = XSource(p, d.x);
+  if (p.skip_channels > 0) g.source[g.sources++] = SkipSource(p, d.skip);
+  g.source_h = p.height, g.source_w = p.width;
+  g.weights = d.kernel, g.tap_stride = p.in_channels() * p.filters, g.ld = p.filters;
+  g.vector = IsVector(p);
+  g.batch = p.batch, g.out_h = p.out_height(), g.out_w = p.out_width(), g.n = p.filters;
+  g.taps[0] = Taps(p, /*backwards=*/false);
+  g.result[0] = Result(DzSource(p, d.y), d.y, nullptr);
+  g.bias = d.bias, g.relu = p.relu, g.pooled = p.pool ? d.pooled : nullptr;
+  return g;
+}
+
+GemmArgs Dgrad(const Conv2DProblem& p, const Conv2DGradient& d, const void* dz) {
   GemmArgs g;
   g.source[0] = DzSource(p, dz);
   g.source_h = p.out_height(), g.source_w = p.out_width();
@@ -63,7 +77,7 @@ int Dgrad(void* stream, const Conv2DProblem& p, const Conv2DGradient& d, const v
   }
   g.n = (d.dx != nullptr ? p.channels : 0) + (d.dskip != nullptr ? p.skip_channels : 0);
   g.weights = At(d.kernel, p.dtype, d.dx != nullptr ? 0 : p.channels * p.filters);
-  return ImplicitGemm(stream, p.dtype, g, tuning);
+  return g;
 }
 
 WgradArgs Wgrad(const Conv2DProblem& p, const Conv2DGradient& d, const void* dz) {
@@ -108,17 +122,7 @@ int Conv2DBiasRelu(void* stream, const Conv2DProblem& p, const Conv2DForward& d,
   if (p.batch == 0) return 0;
   if (HasFewFilters(p)) return FewFiltersForward(stream, p, d);
   if (HasFewChannels(p)) return FewChannelsForward(stream, p, d);
-  GemmArgs g;
-  g.source[0] = XSource(p, d.x);
-  if (p.skip_channels > 0) g.source[g.sources++] = SkipSource(p, d.skip);
-  g.source_h = p.height, g.source_w = p.width;
-  g.weights = d.kernel, g.tap_stride = p.in_channels() * p.filters, g.ld = p.filters;
-  g.vector = IsVector(p);
-  g.batch = p.batch, g.out_h = p.out_height(), g.out_w = p.out_width(), g.n = p.filters;
-  g.taps[0] = Taps(p, /*backwards=*/false);
-  g.result[0] = Result(DzSource(p, d.y), d.y, nullptr);
-  g.bias = d.bias, g.relu = p.relu, g.pooled = p.pool ? d.pooled : nullptr;
-  return ImplicitGemm(stream, p.dtype, g, tuning);
+  return ImplicitGemm(stream, p.dtype, Forward(p, d), tuning);
 }
 
 size_t Conv2DBiasReluGradWorkspaceBytes(const Conv2DProblem& p, const Conv2DTuning& tuning) {
@@ -147,12 +151,30 @@ int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& p, const Conv2DGradien
     return FewFiltersGrad(stream, p, d.x, dz, d.kernel, d.dx, d.dkernel, dbias, space.slabs);
   }
   if (d.dx != nullptr || (d.dskip != nullptr && p.skip_channels > 0)) {
-    UNET_FAST_CUDA_RETURN_IF_ERROR(Dgrad(stream, p, d, dz, tuning));
+    UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, Dgrad(p, d, dz), tuning));
   }
   if (HasFewChannels(p)) return FewChannelsGrad(stream, p, d.x, dz, d.dkernel, dbias, space.slabs);
   WgradArgs w = Wgrad(p, d, dz);
   w.slabs = space.slabs, w.bias_slabs = space.bias_slabs, w.dbias = dbias;
   return Wgrad(stream, p.dtype, w, tuning);
+}
+
+std::vector<ProductChoice> Conv2DChoices(const Conv2DProblem& p, int capability) {
+  const std::string direct = HasFewFilters(p) ? "1x1 to few filters" : "few channels";
+  if (HasFewFilters(p) || HasFewChannels(p)) {
+    const ProductChoice gradient = {"weight gradient", "direct", direct};
+    std::vector<ProductChoice> choices = {{"forward", "direct", direct}, gradient};
+    if (HasFewFilters(p)) choices.insert(choices.begin() + 1, {"input gradient", "direct", direct});
+    return choices;
+  }
+  // Any address: it matters alone which there are.
+  void* const some = const_cast<Conv2DProblem*>(&p);
+  const GemmArgs forward = Forward(p, {some, some, some, some, some, some});
+  const Conv2DGradient gradient = {some, some, some, some, some, some, some, p.skip_channels > 0 ? some : nullptr,
+                                   some, some};
+  return {DescribeGemm("forward", p.dtype, forward, capability),
+          DescribeGemm("input gradient", p.dtype, Dgrad(p, gradient, some), capability),
+          DescribeWgrad("weight gradient", p.dtype, Wgrad(p, gradient, some), capability)};
 }
 
 }  // namespace unet_fast::gpu

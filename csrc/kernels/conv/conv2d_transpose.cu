@@ -28,6 +28,42 @@ TapList AllTaps(const Conv2DTransposeProblem& p) {
   return taps;
 }
 
+GemmArgs Forward(const Conv2DTransposeProblem& p, const Conv2DTransposeForward& d) {
+  GemmArgs g;
+  g.source[0] = XSource(p, d.x);
+  g.source_h = p.height, g.source_w = p.width;
+  g.weights = d.kernel, g.tap_stride = p.filters * p.channels, g.ld = p.channels, g.transposed = true;
+  g.vector = IsVector(p);
+  g.batch = p.batch, g.out_h = p.height, g.out_w = p.width, g.n = p.filters;
+  const int64_t y_row = 2 * p.width * p.filters;
+  g.lists = 4;  // parities (0, 0), (0, 1), (1, 0), (1, 1): in a 3x3 kernel four, two, two taps and one
+  for (int64_t parity = 0; parity < 4; ++parity) {
+    const int64_t a = parity / 2, b = parity % 2;
+    TapList& taps = g.taps[parity];
+    for (int64_t r = a; r < p.kernel_size; r += 2) {
+      for (int64_t s = b; s < p.kernel_size; s += 2) taps.Add(-(r / 2), -(s / 2), r * p.kernel_size + s);
+    }
+    taps.result_offset = a * y_row + b * p.filters;
+  }
+  g.result[0] = {
+      d.y, nullptr, 2 * p.height * y_row, 2 * y_row, static_cast<int>(2 * p.filters), static_cast<int>(p.filters)};
+  g.bias = d.bias, g.relu = p.relu;
+  return g;
+}
+
+// dx[i] = sum over r of dz[2 i + r] kernel[r]
+GemmArgs Dgrad(const Conv2DTransposeProblem& p, const Conv2DTransposeGradient& d, const void* dz) {
+  GemmArgs g;
+  g.source[0] = DzSource(p, dz);
+  g.source_h = 2 * p.height, g.source_w = 2 * p.width, g.stride = 2;
+  g.weights = d.kernel, g.tap_stride = p.filters * p.channels, g.ld = p.channels, g.vector = IsVector(p);
+  g.batch = p.batch, g.out_h = p.height, g.out_w = p.width, g.n = p.channels;
+  g.taps[0] = AllTaps(p);
+  const GemmSource x = XSource(p, d.dx);
+  g.result[0] = {d.dx, p.input_is_relu ? d.x : nullptr, x.image_stride, x.row_stride, x.channels, x.channels};
+  return g;
+}
+
 // dkernel[r, f, c] = sum over i of dz[2 i + r, f] x[i, c]: dz takes the part of the input, x that of the gradient.
 WgradArgs Wgrad(const Conv2DTransposeProblem& p, const Conv2DTransposeGradient& d, const void* dz) {
   WgradArgs w;
@@ -60,26 +96,7 @@ int Conv2DTransposeBiasRelu(void* stream, const Conv2DTransposeProblem& p, const
                             const Conv2DTuning& tuning) {
   if (p.dtype == DType::kFloat32) return cudaErrorNotSupported;
   if (p.batch == 0) return 0;
-  GemmArgs g;
-  g.source[0] = XSource(p, d.x);
-  g.source_h = p.height, g.source_w = p.width;
-  g.weights = d.kernel, g.tap_stride = p.filters * p.channels, g.ld = p.channels, g.transposed = true;
-  g.vector = IsVector(p);
-  g.batch = p.batch, g.out_h = p.height, g.out_w = p.width, g.n = p.filters;
-  const int64_t y_row = 2 * p.width * p.filters;
-  g.lists = 4;  // parities (0, 0), (0, 1), (1, 0), (1, 1): in a 3x3 kernel four, two, two taps and one
-  for (int64_t parity = 0; parity < 4; ++parity) {
-    const int64_t a = parity / 2, b = parity % 2;
-    TapList& taps = g.taps[parity];
-    for (int64_t r = a; r < p.kernel_size; r += 2) {
-      for (int64_t s = b; s < p.kernel_size; s += 2) taps.Add(-(r / 2), -(s / 2), r * p.kernel_size + s);
-    }
-    taps.result_offset = a * y_row + b * p.filters;
-  }
-  g.result[0] = {
-      d.y, nullptr, 2 * p.height * y_row, 2 * y_row, static_cast<int>(2 * p.filters), static_cast<int>(p.filters)};
-  g.bias = d.bias, g.relu = p.relu;
-  return ImplicitGemm(stream, p.dtype, g, tuning);
+  return ImplicitGemm(stream, p.dtype, Forward(p, d), tuning);
 }
 
 size_t Conv2DTransposeBiasReluGradWorkspaceBytes(const Conv2DTransposeProblem& p, const Conv2DTuning& tuning) {
@@ -99,20 +116,18 @@ int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& p, c
   m.relu = masks, m.dz = space.dz, m.slabs = space.bias_slabs, m.dbias = d.dbias;
   UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, p.dtype, m));
 
-  if (d.dx != nullptr) {  // dx[i] = sum over r of dz[2 i + r] kernel[r]
-    GemmArgs g;
-    g.source[0] = DzSource(p, dz);
-    g.source_h = 2 * p.height, g.source_w = 2 * p.width, g.stride = 2;
-    g.weights = d.kernel, g.tap_stride = p.filters * p.channels, g.ld = p.channels, g.vector = IsVector(p);
-    g.batch = p.batch, g.out_h = p.height, g.out_w = p.width, g.n = p.channels;
-    g.taps[0] = AllTaps(p);
-    const GemmSource x = XSource(p, d.dx);
-    g.result[0] = {d.dx, p.input_is_relu ? d.x : nullptr, x.image_stride, x.row_stride, x.channels, x.channels};
-    UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, g, tuning));
-  }
+  if (d.dx != nullptr) UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, Dgrad(p, d, dz), tuning));
   WgradArgs w = Wgrad(p, d, dz);
   w.slabs = space.slabs;
   return Wgrad(stream, p.dtype, w, tuning);
+}
+
+std::vector<ProductChoice> Conv2DTransposeChoices(const Conv2DTransposeProblem& p, int capability) {
+  void* const some = const_cast<Conv2DTransposeProblem*>(&p);  // any address: it matters alone which there are
+  const Conv2DTransposeGradient gradient = {some, some, some, some, some, some, some};
+  return {DescribeGemm("forward", p.dtype, Forward(p, {some, some, some, some}), capability),
+          DescribeGemm("input gradient", p.dtype, Dgrad(p, gradient, some), capability),
+          DescribeWgrad("weight gradient", p.dtype, Wgrad(p, gradient, some), capability)};
 }
 
 }  // namespace unet_fast::gpu

@@ -107,4 +107,53 @@ int Wgrad(void* stream, DType dtype, const WgradArgs& args, const Conv2DTuning& 
   return wmma::Wgrad(stream, dtype, args, Forced(tuning, Engine::kWmma, tuning.wgrad), tuning.splits);
 }
 
+namespace {
+
+// Why a device cannot run a type's kernels, or "".
+std::string Unsupported(DType dtype, int capability) {
+  if (dtype == DType::kFloat32) return "float32 is left to stock TensorFlow";
+  const int least = dtype == DType::kBFloat16 ? 80 : 75;
+  if (capability >= least) return "";
+  return "compute capability " + std::to_string(least / 10) + "." + std::to_string(least % 10) + " or more is needed";
+}
+
+// Why a product does not run on sm90.
+std::string WhyNotSm90(bool vector, int capability) {
+#ifndef UNET_FAST_SM90
+  return "the build has no kernels for 9.0";
+#endif
+  if (capability != 90) return "sm90 is for compute capability 9.0";
+  return vector ? "too large for sm90's counters" : "a number of channels is no multiple of 8";
+}
+
+}  // namespace
+
+ProductChoice DescribeGemm(const char* product, DType dtype, const GemmArgs& args, int capability) {
+  const std::string unsupported = Unsupported(dtype, capability);
+  if (!unsupported.empty()) return {product, "none", unsupported};
+#ifdef UNET_FAST_SM90
+  if (capability == 90) {
+    GemmArgs plain = args;
+    plain.pooled = nullptr;
+    const int fused = sm90::ChooseGemm(args, -1), config = fused >= 0 ? fused : sm90::ChooseGemm(plain, -1);
+    if (config >= 0) {
+      return {product, "sm90", sm90::DescribeGemm(config) + (fused < 0 ? ", pooling in a pass of its own" : "")};
+    }
+  }
+#endif
+  return {product, "wmma", WhyNotSm90(args.vector, capability)};
+}
+
+ProductChoice DescribeWgrad(const char* product, DType dtype, const WgradArgs& args, int capability) {
+  const std::string unsupported = Unsupported(dtype, capability);
+  if (!unsupported.empty()) return {product, "none", unsupported};
+#ifdef UNET_FAST_SM90
+  if (capability == 90) {
+    const sm90::WgradPlan plan = sm90::PlanWgrad(args, -1, 0);
+    if (plan.config >= 0) return {product, "sm90", sm90::Describe(plan)};
+  }
+#endif
+  return {product, "wmma", WhyNotSm90(args.vector, capability)};
+}
+
 }  // namespace unet_fast::gpu

@@ -97,4 +97,7 @@ int Wgrad(void* stream, DType dtype, const WgradArgs& args, const Conv2DTuning& 
 size_t WgradSlabBytes(const WgradArgs& args, const Conv2DTuning& tuning);
 size_t BiasSlabBytes(const WgradArgs& args, const Conv2DTuning& tuning);
 
+ProductChoice DescribeGemm(const char* product, DType dtype, const GemmArgs& args, int capability);
+ProductChoice DescribeWgrad(const char* product, DType dtype, const WgradArgs& args, int capability);
+
 }  // namespace unet_fast::gpu

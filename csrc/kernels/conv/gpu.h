@@ -10,6 +10,8 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
+#include <vector>
 
 #include "conv/data.h"
 #include "conv/problem.h"
@@ -43,5 +45,13 @@ int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& prob
                                 const Conv2DTransposeGradient& data, void* workspace, const Conv2DTuning& tuning = {});
 size_t Conv2DTransposeBiasReluGradWorkspaceBytes(const Conv2DTransposeProblem& problem,
                                                  const Conv2DTuning& tuning = {});
+
+// What a product would run on, on a device of a compute capability, 90 for 9.0: its engine, or "none"; and its tile, or
+// why none.
+struct ProductChoice {
+  std::string product, engine, detail;
+};
+std::vector<ProductChoice> Conv2DChoices(const Conv2DProblem& problem, int capability);
+std::vector<ProductChoice> Conv2DTransposeChoices(const Conv2DTransposeProblem& problem, int capability);
 
 }  // namespace unet_fast::gpu

@@ -71,6 +71,22 @@ int ChooseGemm(const GemmArgs& g, int forced) {
   return best;
 }
 
+std::string DescribeGemm(int config) {
+  const GemmConfig& c = kGemmConfigs[config];
+  if (c.stationary > 0) {
+    return "weights in registers, " + std::to_string(c.stationary) + " channels by " + std::to_string(c.n);
+  }
+  std::string text = "tiles of " + std::to_string(2 * c.warp_m) + " by " + std::to_string(c.n);
+  if (c.splits > 1) text += ", " + std::to_string(c.splits) + " blocks a tile";
+  return text;
+}
+
+std::string Describe(const WgradPlan& plan) {
+  const WgradConfig& c = kWgradConfigs[plan.config];
+  return "tiles of " + std::to_string(192 * c.rounds) + " by " + std::to_string(c.n) + ", " +
+         std::to_string(plan.splits) + (plan.splits == 1 ? " part" : " parts");
+}
+
 WgradPlan PlanWgrad(const WgradArgs& g, int forced_config, int forced_splits) {
   constexpr int64_t kMaxSplits = 264, kMinSteps = 8;
   constexpr double kWgradRate[kWgradConfigCount] = {0.86, 1.0, 0.93, 0.9, 0.8};  // as kGemmRate
