@@ -297,6 +297,8 @@ def cases(kernels):
     add("few filters, no dx, dy masked", conv2d, (2, 9, 10), 64, 2, k=1, left_out=("dx",), dy_is_masked=True)
     add("few filters, no activation", conv2d, (2, 9, 10), 64, 2, k=1, relu=False)
     add("2x2", conv2d_transpose, (2, 5, 6), 64, 40, k=2)
+    add("narrow", conv2d_transpose, (2, 5, 58), 128, 64)
+    add("narrow, larger than the card", conv2d_transpose, (1, 90, 100), 72, 40)
     add("no dx", conv2d_transpose, (2, 5, 6), 64, 40, left_out=("dx",))
     add("3x3, dy masked", conv2d_transpose, (2, 5, 6), 64, 40, dy_is_masked=True, input_is_relu=True)
     add("odd channels", conv2d_transpose, (3, 5, 4), 12, 7)

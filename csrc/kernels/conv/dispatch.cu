@@ -45,13 +45,10 @@ bool GemmOnSm90(void* stream, DType dtype, const GemmArgs& args, int forced, int
 int WgradOnSm90(void* stream, DType dtype, const WgradArgs& args, const sm90::WgradPlan& plan) {
   UNET_FAST_CUDA_RETURN_IF_ERROR(
       sm90::Wgrad(stream, dtype, args, plan, args.dbias != nullptr ? args.bias_slabs : nullptr));
-  if (plan.splits > 1) {
-    const int64_t channels = args.source[0].channels + (args.sources == 2 ? args.source[1].channels : 0);
-    UNET_FAST_CUDA_RETURN_IF_ERROR(
-        SumSlabs(stream, dtype, args.slabs, plan.splits, args.taps.count * channels * args.n, args.dweights));
-  }
-  if (args.dbias == nullptr) return 0;
-  return SumSlabs(stream, dtype, args.bias_slabs, plan.splits, args.n, args.dbias);
+  const SlabSum bias = {args.bias_slabs, args.n, args.dbias};
+  if (plan.splits == 1) return args.dbias == nullptr ? 0 : SumSlabs(stream, dtype, 1, bias);
+  const int64_t channels = args.source[0].channels + (args.sources == 2 ? args.source[1].channels : 0);
+  return SumSlabs(stream, dtype, plan.splits, {args.slabs, args.taps.count * channels * args.n, args.dweights}, bias);
 }
 #endif
 

@@ -277,8 +277,7 @@ int FewFiltersGrad(void* stream, const Conv2DProblem& p, const void* x, const vo
     const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(Spans(p)));
     return Launch(GradKernel<decltype(type), vector()>, grid, kThreads, 0, stream, k);
   }));
-  UNET_FAST_CUDA_RETURN_IF_ERROR(SumSlabs(stream, p.dtype, slabs, count, p.kernel_elements(), dkernel));
-  return dbias == nullptr ? 0 : SumSlabs(stream, p.dtype, k.bias_slabs, count, p.filters, dbias);
+  return SumSlabs(stream, p.dtype, count, {slabs, p.kernel_elements(), dkernel}, {k.bias_slabs, p.filters, dbias});
 }
 
 }  // namespace unet_fast::gpu

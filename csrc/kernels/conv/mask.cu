@@ -213,7 +213,7 @@ int MaskGradient(void* stream, DType dtype, const MaskArgs& m) {
     }
     return Launch(vector ? MaskKernel<T, true> : MaskKernel<T, false>, grid, block, 0, stream, k);
   }));
-  return SumSlabs(stream, dtype, m.slabs, blocks, m.channels, m.dbias);
+  return SumSlabs(stream, dtype, blocks, {m.slabs, m.channels, m.dbias});
 }
 
 int ZeroWeightGradient(void* stream, void* dkernel, int64_t kernel_elements, void* dbias, int64_t filters) {

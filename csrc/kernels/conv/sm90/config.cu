@@ -27,7 +27,13 @@ int64_t Chunks(const GemmArgs& g) {
   return chunks;
 }
 
+// Whether it is the forward pass of a 3x3 transposed convolution.
+bool Upsamples(const GemmArgs& g) {
+  return g.lists == 4 && g.taps[0].count == 4 && g.taps[3].count == 1 && g.transposed && g.stride == 1;
+}
+
 bool ServesStationary(const GemmConfig& c, const GemmArgs& g) {
+  if (c.share == 1) return Upsamples(g) && Chunks(g) == 2 && g.n <= 64;
   if (g.lists != 1 || g.stride != 1 || g.taps[0].count != 9 || !InThrees(g.taps[0])) return false;
   if (Chunks(g) * 64 != c.stationary || CeilDiv(g.n, 64) * 64 != c.n) return false;
   if (g.results == 2 && g.result[0].channels != 64) return false;
@@ -46,8 +52,8 @@ bool Serves(const GemmConfig& c, const GemmArgs& g) {
 
 int ChooseGemm(const GemmArgs& g, int forced) {
   // How fast a multiprocessor full of such tiles is, as measured on an H200; in the order of kGemmConfigs.
-  constexpr double kGemmRate[kGemmConfigCount] = {0.83, 0.78, 0.88, 1.0, 1.0, 0.99, 0.97, 0.975, 0.55,
-                                                  1.0,  1.0,  1.0,  1.0, 1.0, 1.0,  1.0,  0.97,  0.97};
+  constexpr double kGemmRate[kGemmConfigCount] = {0.83, 0.78, 0.88, 1.0, 1.0, 0.99, 0.97, 0.975, 0.55, 1.0,
+                                                  1.0,  1.0,  1.0,  1.0, 1.0, 1.0,  0.97, 0.97,  1.0};
   const int64_t pixels = static_cast<int64_t>(g.batch) * (g.out_h + 1) * (g.out_w + 4) * g.lists;
   if (!g.vector || g.out_h > 32768 || g.out_w > 32768 || pixels + 4096 >= int64_t{1} << 31) return -1;
   if (forced >= 0 && forced < kGemmConfigCount && Serves(kGemmConfigs[forced], g)) return forced;

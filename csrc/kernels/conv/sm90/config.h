@@ -6,7 +6,8 @@ namespace unet_fast::gpu::sm90 {
 // A tile of the implicit GEMM: two warpgroups of warp_m rows each, and n columns. share 3: taps that lie three in a row
 // share a load of pixels. pairs: rows of the image in pairs, for pooling in the epilogue; plain weights only.
 // splits: blocks that share the sum of a tile, 2 or 4.
-// Or weights that stay in registers (stationary.cuh), for so many channels and n columns in all.
+// Or weights that stay in registers, for so many channels and n columns in all: share 3 (stationary.cuh), or 1 for
+// transposed convolutions (upsampling.cuh).
 struct GemmConfig {
   int warp_m, n, share;
   bool pairs;
@@ -19,7 +20,8 @@ constexpr GemmConfig kGemmConfigs[] = {
     {128, 128, 1, false, 1},       {64, 256, 1, false, 1},        {128, 64, 1, false, 2},
     {128, 64, 3, true, 1, 64},     {128, 128, 3, true, 1, 64},    {128, 64, 3, true, 1, 128},
     {128, 128, 3, false, 1, 0, 2}, {128, 128, 3, false, 1, 0, 4}, {128, 128, 3, true, 1, 0, 2},
-    {128, 128, 3, true, 1, 0, 4},  {128, 128, 1, false, 1, 0, 2}, {128, 128, 1, false, 1, 0, 4}};
+    {128, 128, 3, true, 1, 0, 4},  {128, 128, 1, false, 1, 0, 2}, {128, 128, 1, false, 1, 0, 4},
+    {128, 64, 1, false, 1, 128}};
 constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(GemmConfig);
 
 // A tile of the weight gradient: three warpgroups of 64 * rounds rows each, and n columns; share as above.

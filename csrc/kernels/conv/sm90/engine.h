@@ -22,6 +22,7 @@ std::string Describe(const WgradPlan& plan);
 
 int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, int config);
 int StationaryGemm(void* stream, DType dtype, const GemmArgs& args);
+int Upsample(void* stream, DType dtype, const GemmArgs& args);
 // Partial sums go to slabs [splits, taps, channels, n] where there is more than one, else the sum to dweights; the sums
 // of dz to bias_slabs [splits, n] unless null.
 int Wgrad(void* stream, DType dtype, const WgradArgs& args, const WgradPlan& plan, float* bias_slabs);

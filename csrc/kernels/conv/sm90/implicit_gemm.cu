@@ -6,7 +6,7 @@ namespace unet_fast::gpu::sm90 {
 
 int ImplicitGemm(void* stream, DType dtype, const GemmArgs& g, int config) {
   const GemmConfig& c = kGemmConfigs[config];
-  if (c.stationary > 0) return StationaryGemm(stream, dtype, g);
+  if (c.stationary > 0) return c.share == 3 ? StationaryGemm(stream, dtype, g) : Upsample(stream, dtype, g);
   const int rows = c.pairs ? (g.out_h + 1) / 2 : g.out_h;
   // The walk over a row: with the columns beyond it that neighbouring taps read; with an even number of positions where
   // windows of two must not fall apart.

@@ -3,6 +3,7 @@
 #include "conv/sm90/engine.h"
 #include "conv/sm90/launch.h"
 #include "conv/sm90/tensor_map.h"
+#include "conv/sm90/upsampling.cuh"
 
 namespace unet_fast::gpu::sm90 {
 namespace {
@@ -23,6 +24,15 @@ int LaunchStationary(void* stream, const StationaryArgs& k, bool transposed, Rol
   return transposed ? with(std::true_type()) : with(std::false_type());
 }
 
+// Of the strips that waste least the widest.
+int StripColumns(int width) {
+  int cols = 64;
+  for (const int narrower : {56, 48}) {
+    if (CeilDiv(width, narrower) * narrower < CeilDiv(width, cols) * cols) cols = narrower;
+  }
+  return cols;
+}
+
 // Results, or what masks them: tiles of two rows.
 ImageMap ResultMap(const GemmArgs& g, const GemmResult& result, int cols) {
   return {result.data, result.channels, g.out_w, g.out_h, g.batch, result.row_stride, result.image_stride, cols, 2};
@@ -38,11 +48,7 @@ ImageMap MaskMap(const GemmArgs& g, int index, int cols) {
 
 int StationaryGemm(void* stream, DType dtype, const GemmArgs& g) {
   const FirstTap first = First(g.taps, 1);
-  // The widest strips of those that waste least.
-  int cols = 64;
-  for (const int narrower : {56, 48}) {
-    if (CeilDiv(g.out_w, narrower) * narrower < CeilDiv(g.out_w, cols) * cols) cols = narrower;
-  }
+  const int cols = StripColumns(g.out_w);
   StationaryArgs k = {};
   k.first_row = first.row, k.first_col = first.col;
   int channels = 0;
@@ -94,6 +100,36 @@ int StationaryGemm(void* stream, DType dtype, const GemmArgs& g) {
     return LaunchStationary<T, 64>(stream, k, g.transposed, roles, pooled);
   };
   return dtype == DType::kFloat16 ? launch(__half()) : launch(__nv_bfloat16());
+}
+
+int Upsample(void* stream, DType dtype, const GemmArgs& g) {
+  const GemmSource& source = g.source[0];
+  const GemmResult& result = g.result[0];
+  const int cols = StripColumns(g.out_w);
+  UpsamplingArgs k = {};
+  const ImageMap pixels = {source.data,       source.channels,     g.source_w, g.source_h, g.batch,
+                           source.row_stride, source.image_stride, cols + 1,   1};
+  UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(pixels, dtype, &k.source));
+  const WeightMap weights = {g.weights, source.channels, g.n, 9, g.ld, g.tap_stride, 64};
+  UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(weights, dtype, &k.weights));
+  // A step of the grid is two rows and two columns of the result.
+  const ImageMap results = {
+      result.data, g.n, 2 * g.out_w, 2 * g.out_h, g.batch, result.row_stride / 2, result.image_stride, 2 * cols, 1};
+  UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(results, dtype, &k.result));
+  const int64_t tiles_per_image = g.out_h * CeilDiv(g.out_w, cols);
+  k.rows = Divisor(g.out_h), k.tiles_per_image = Divisor(tiles_per_image);
+  k.n = g.n, k.tiles = static_cast<int>(tiles_per_image * g.batch);
+  k.bias = g.bias, k.relu = g.relu;
+  const auto launch = [&](auto kernel) -> int {
+    return Launch(kernel, std::min(k.tiles, Multiprocessors()), kStationaryThreads, upsampling::kSharedBytes, stream,
+                  k);
+  };
+  const auto with = [&](auto type) -> int {
+    using T = decltype(type);
+    if (cols == 48) return launch(UpsamplingKernel<T, 48>);
+    return cols == 56 ? launch(UpsamplingKernel<T, 56>) : launch(UpsamplingKernel<T, 64>);
+  };
+  return dtype == DType::kFloat16 ? with(__half()) : with(__nv_bfloat16());
 }
 
 }  // namespace unet_fast::gpu::sm90

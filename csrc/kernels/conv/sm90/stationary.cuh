@@ -99,9 +99,9 @@ struct Tile {
 // A block's part of the sequence of tiles.
 struct Part {
   int begin, end;
-  __device__ explicit Part(const StationaryArgs& g) {
-    begin = static_cast<int>(static_cast<int64_t>(g.tiles) * blockIdx.x / gridDim.x);
-    end = static_cast<int>(static_cast<int64_t>(g.tiles) * (blockIdx.x + 1) / gridDim.x);
+  __device__ explicit Part(int tiles) {
+    begin = static_cast<int>(static_cast<int64_t>(tiles) * blockIdx.x / gridDim.x);
+    end = static_cast<int>(static_cast<int64_t>(tiles) * (blockIdx.x + 1) / gridDim.x);
   }
 };
 
@@ -118,7 +118,7 @@ __device__ void Load(const StationaryArgs& g, const Shared& shared) {
   ptx::BarrierWait(shared.WeightsRead(), 0);
   constexpr int kSources = kRoles == Roles::kChannels ? 2 : 1;
   Ring<kSlots<kRoles>> ring;
-  const Part part(g);
+  const Part part(g.tiles);
   for (int t = part.begin; t < part.end; ++t) {
     const Tile tile(g, t);
     for (int rows = t == part.begin || tile.pair == 0 ? 0 : 2; rows <= 2; rows += 2, ++ring.count) {
@@ -242,7 +242,7 @@ __device__ void Multiply(const StationaryArgs& g, int group, const Shared& share
   const bool finishes = kRoles != Roles::kChannels || group == 1;  // has results
   constexpr int kStep = kRoles == Roles::kTiles ? 2 : 1;
   const uint32_t out = shared.template Out<kRoles>(group), sums = shared.Sums() + thread * 16;
-  const Part part(g);
+  const Part part(g.tiles);
   if (group == 1) ptx::NamedBarrierArrive(others_turn, 256);
   {
     const int t = part.begin + (kRoles == Roles::kTiles ? group : 0);

@@ -283,7 +283,7 @@ int Wgrad(void* stream, DType dtype, WgradArgs g, int forced_tile, int forced_sp
     }
   });
   if (status != 0 || plan.splits == 1) return status;
-  return SumSlabs(stream, dtype, g.slabs, plan.splits, Rows(g) * g.n, g.dweights);
+  return SumSlabs(stream, dtype, plan.splits, {g.slabs, Rows(g) * g.n, g.dweights});
 }
 
 }  // namespace unet_fast::gpu::wmma
