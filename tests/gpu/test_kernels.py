@@ -115,7 +115,7 @@ def check_conv2d(x, kernel, bias, skip, choices=None, pool=False, input_is_relu=
         ((1, 21, 23), 48, (1, 29, 32, 64), 64, 3, {"input_is_relu": True}),
         ((1, 20, 22), 64, (1, 20, 22, 64), 64, 3, {"same": True, "input_is_relu": True}),
         ((2, 300, 302), 64, None, 64, 3, {"pool": True, "input_is_relu": True}),
-        ((1, 1, 1), 8, None, 8, 3, {"same": True, "pool": True}),
+        ((1, 1, 1), 8, None, 8, 3, {"same": True, "input_is_relu": True}),
         ((2, 9, 11), 200, None, 3, 1, {"relu": False, "input_is_relu": True}),
         ((4, 280, 280), 16, None, 2, 1, {"relu": False, "input_is_relu": True}),
         ((1, 9, 11), 16, None, 2, 1, {"pool": True}),
