@@ -1,7 +1,7 @@
 // A 3x3 transposed convolution of stride 2 with up to 128 channels and 64 results, in the way of stationary.cuh: at
 // full resolution its sums are so short that another kernel spends its time on loads and on storing. Each of two
-// warpgroups keeps the weights of 64 channels and all taps in registers; the second one adds the first one's sums to
-// its own.
+// warpgroups keeps the weights of 64 channels and all taps in registers. Of each tile the first one stores the even row
+// of results and the second one the odd row, to which it adds what the other one's channels gave.
 //
 // A tile is kCols pixels of a row of the source, which make two rows of 2 kCols results: the even row has taps r = 0 of
 // the source's row and r = 2 of the row above, the odd one r = 1; columns likewise. Tiles follow one another down a
@@ -25,21 +25,25 @@ namespace upsampling {
 using stationary::kTap;
 using stationary::LoadWeights;
 
-constexpr int kSlots = 8, kStage = 9 * 1024;  // of a row of pixels; two stages a slot, of 64 channels each
+constexpr int kSlots = 5, kStage = 9 * 1024;  // of a row of pixels; two stages a slot, of 64 channels each
 constexpr int kOut = 128 * 128, kSums = 2 * 64 * 64 * 4;
 constexpr int kBarriers = 4 * kSlots + 2;
-constexpr size_t kSharedBytes = 1024 + 2 * kSlots * kStage + kOut + kSums + kBarriers * 8;
-static_assert(2 * 9 * kTap <= 2 * kSlots * kStage, "the weights pass through the stages");
+constexpr int kData = 2 * (kSlots * kStage + kOut + kSums);
+constexpr size_t kSharedBytes = 1024 + kData + kBarriers * 8;
+static_assert(2 * 9 * kTap <= kData, "the weights pass through, before there are data");
 
 using Ring = stationary::Ring<kSlots>;
 
 struct Shared {
-  uint32_t stages, out, sums, barriers;
+  uint32_t stages, barriers;
   __device__ explicit Shared(const void* memory) {
     stages = (ptx::SharedAddress(memory) + 1023) & ~1023u;  // the swizzle repeats every 1024 bytes
-    out = stages + 2 * kSlots * kStage, sums = out + kOut, barriers = sums + kSums;
+    barriers = stages + kData;
   }
   __device__ uint32_t Stage(int i) const { return stages + i * kStage; }
+  // Of the warpgroup that stores: its results, and the other one's sums.
+  __device__ uint32_t Out(int group) const { return stages + 2 * kSlots * kStage + group * kOut; }
+  __device__ uint32_t Sums(int group) const { return stages + 2 * (kSlots * kStage + kOut) + group * kSums; }
   __device__ uint32_t Full(int i) const { return barriers + i * 8; }
   __device__ uint32_t Empty(int i) const { return barriers + (2 * kSlots + i) * 8; }
   __device__ uint32_t WeightsFull() const { return barriers + 4 * kSlots * 8; }
@@ -132,9 +136,8 @@ __device__ void Multiply(const UpsamplingArgs& g, int group, const Shared& share
     if (g.bias != nullptr && n < g.n) bias[h] = ToFloat(static_cast<const T*>(g.bias)[n]);
   }
   // Named barriers.
-  const int turn = 1 + group, others_turn = 2 - group;
-  constexpr int kOwn = 3, kSumsFull = 4, kSumsEmpty = 5;
-  const uint32_t sums = shared.sums + thread * 16;
+  const int turn = 1 + group, others_turn = 2 - group, own_results = 3 + group;
+  constexpr int kSumsFull = 5, kSumsEmpty = 7;  // and the next, of the second warpgroup
   if (group == 1) ptx::NamedBarrierArrive(others_turn, 256);
   Ring ring;  // at the row above the tile's
   const stationary::Part part(g.tiles);
@@ -170,31 +173,32 @@ __device__ void Multiply(const UpsamplingArgs& g, int group, const Shared& share
           ptx::BarrierArrive(shared.Empty(own), last ? 2 : 1);
         }
       }
-      if (group == 0) {
-        if (odd == 1 || t > part.begin) ptx::NamedBarrier(kSumsEmpty, 256);
+      const uint32_t sums = shared.Sums(odd) + thread * 16;
+      if (group != odd) {
+        if (t > part.begin) ptx::NamedBarrier(kSumsEmpty + odd, 256);
 #pragma unroll
         for (int i = 0; i < kCols; i += 4) {
           const float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
           ptx::StoreShared4(sums + i / 4 * 2048, v[0], v[1], v[2], v[3]);
         }
-        ptx::NamedBarrierArrive(kSumsFull, 256);
+        ptx::NamedBarrierArrive(kSumsFull + odd, 256);
         continue;
       }
-      ptx::NamedBarrier(kSumsFull, 256);
+      ptx::NamedBarrier(kSumsFull + odd, 256);
 #pragma unroll
       for (int i = 0; i < kCols; i += 4) {
         float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
         const float4 w = ptx::LoadShared4(sums + i / 4 * 2048);
         v[0] += w.x, v[1] += w.y, v[2] += w.z, v[3] += w.w;
       }
-      if (!end) ptx::NamedBarrierArrive(kSumsEmpty, 256);
-      ptx::NamedBarrier(kOwn, 128);  // the last row of results has left shared memory
-      PutTogether<T, kCols>(g, sum, bias, shared.out);
+      if (t + 1 < part.end) ptx::NamedBarrierArrive(kSumsEmpty + odd, 256);
+      ptx::NamedBarrier(own_results, 128);  // the last row of results has left shared memory
+      PutTogether<T, kCols>(g, sum, bias, shared.Out(group));
       ptx::StoreFence();
-      ptx::NamedBarrier(kOwn, 128);
+      ptx::NamedBarrier(own_results, 128);
       if (thread == 0) {
         const Tile tile(g, t);
-        ptx::StoreTile4D(&g.result, shared.out, 0, tile.strip * 2 * kCols, tile.row * 2 + odd, tile.image);
+        ptx::StoreTile4D(&g.result, shared.Out(group), 0, tile.strip * 2 * kCols, tile.row * 2 + odd, tile.image);
         ptx::StoreCommit();
         ptx::StoreWaitRead();
       }
