@@ -79,13 +79,14 @@ void GatherPatches(ThreadPool& pool, const void* source, DType type, int64_t n, 
       const int64_t source_row = i + r - pad;
       const bool inside = source_row >= 0 && source_row < h;
       const float* x = inside ? Row(source, type, (image * h + source_row) * w * c, w * c, &storage) : nullptr;
-      for (int64_t j = 0; j < cols; ++j) {
-        float* patch = target + ((row * cols + j) * k + r) * k * c;
-        for (int64_t s = 0; s < k; ++s) {
-          const int64_t source_col = j + s - pad;
-          const bool valid = inside && source_col >= 0 && source_col < w;
-          for (int64_t q = 0; q < c; ++q) patch[s * c + q] = valid ? x[source_col * c + q] : 0.0f;
-        }
+      for (int64_t t = 0; t < k * c; ++t) {  // one element of every patch: a loop without a branch
+        const int64_t s = t / c, begin = std::clamp<int64_t>(pad - s, 0, cols);
+        const int64_t end = inside ? std::clamp(w + pad - s, begin, cols) : begin;
+        float* patch = target + (row * cols * k + r) * k * c + t;
+        const int64_t stride = k * k * c;
+        for (int64_t j = 0; j < begin; ++j) patch[j * stride] = 0.0f;
+        for (int64_t j = begin; j < end; ++j) patch[j * stride] = x[(j + s - pad) * c + t % c];
+        for (int64_t j = end; j < cols; ++j) patch[j * stride] = 0.0f;
       }
     }
   });

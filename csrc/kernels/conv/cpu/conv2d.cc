@@ -4,6 +4,7 @@
 #include "conv/cpu/conv2d.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "conv/cpu/buffers.h"
@@ -73,6 +74,7 @@ struct GradientPlan {
   bool float32, want_dx;
   bool patches;                    // the weight gradient is that of a 1x1 convolution of explicit patches
   bool direct_wgrad;               // else Eigen's, for which x is padded and dz lies in the grid of the padded x
+  bool transposed_wgrad;           // of a 1x1 kernel: x and dz change places, and so do the gradient's two channels
   bool x_in_place;                 // the weight gradient reads x and skip where they are
   bool dx_in_place;                // dx and dskip are written where they belong
   int64_t grid_h, grid_w, grid_c;  // of the x that the weight gradient reads; dz has grid_h and grid_w too
@@ -90,6 +92,8 @@ struct GradientPlan {
     const int64_t pad = direct_wgrad ? 0 : 2 * p.pad();
     grid_h = patches ? p.out_height() : direct_wgrad ? p.out_height() : p.height + pad;
     grid_w = patches ? p.out_width() : direct_wgrad ? p.out_width() : p.width + pad;
+    transposed_wgrad = float32 && k == 1 && p.skip_channels == 0 && !direct_wgrad && TransposedServes(p);
+    direct_wgrad |= transposed_wgrad;
     x_in_place = float32 && !patches && (direct_wgrad || (p.pad() == 0 && p.skip_channels == 0));
     dx_in_place =
         float32 && (p.skip_channels == 0 || (DirectServes(p, p.channels) && DirectServes(p, p.skip_channels)));
@@ -97,6 +101,11 @@ struct GradientPlan {
     // Gathered for the direct kernel, x is not padded.
     x_size = direct_wgrad && !patches ? p.height * p.width * grid_c : grid_h * grid_w * grid_c;
     dinput_size = p.height * p.width * p.in_channels();
+  }
+  static bool TransposedServes(const Conv2DProblem& p) {
+    WgradArgs w;
+    w.x.c = p.filters, w.dz.c = p.channels;
+    return GetPrimitives().direct_wgrad_serves(w);
   }
   static bool DirectServes(const Conv2DProblem& p, int64_t channels) {
     ConvArgs a;
@@ -130,7 +139,9 @@ void InputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradien
   if (d.dskip != nullptr) {
     const int64_t row = p.skip_width * p.skip_channels, offset = first * p.skip_height * row;
     float* dskip = static_cast<float*>(d.dskip) + offset;
-    ParallelFor(pool, n * p.skip_height, [&](int64_t i) { std::fill_n(dskip + i * row, row, 0.0f); });
+    if (p.skip_height > p.height || p.skip_width > p.width) {
+      ParallelFor(pool, n * p.skip_height, [&](int64_t i) { std::fill_n(dskip + i * row, row, 0.0f); });
+    }
     a.kernel += p.channels;
     a.y = CroppedSkip(p, dskip);
     a.mask = {};
@@ -151,6 +162,7 @@ void WeightGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradie
   const auto run = plan.direct_wgrad ? GetPrimitives().direct_wgrad : GetPrimitives().eigen_wgrad;
   if (plan.x_in_place) {
     w.x = View<const float>::Contiguous(x_data, p.height, p.width, p.channels);
+    if (plan.transposed_wgrad) std::swap(w.x, w.dz), w.channels = p.filters;
     run(pool, w);
     if (p.skip_channels > 0) {
       const int64_t offset = first * p.skip_height * p.skip_width * p.skip_channels;
@@ -227,7 +239,7 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
     const float* kernel = AsFloat(pool, d.kernel, p.dtype, p.kernel_elements(), &kernel_storage);
     TransposeTaps(pool, kernel, k * k, ci, co, /*reverse=*/true, rotated.get());
   }
-  const int64_t wgrad_k = plan.patches ? 1 : k, slabs = WgradSlabs(wgrad_k, wgrad_k, plan.grid_c, co);
+  const int64_t wgrad_k = plan.patches ? 1 : k, slabs = WgradSlabs(plan.direct_wgrad, wgrad_k, wgrad_k, plan.grid_c, co);
   std::vector<float> dkernel(slabs * p.kernel_elements(), 0.0f);
   std::vector<float> row_sums(p.batch * oh * co);
 
@@ -242,7 +254,13 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
     if (plan.want_dx) InputGradient(pool, p, d, plan, first, n, dz.get(), rotated.get(), dinput.get());
     WeightGradient(pool, p, d, plan, first, n, dz.get(), x_storage.get(), slabs, dkernel.data());
   }
-  SumSlabs(pool, dkernel.data(), slabs, p.kernel_elements(), p.dtype, d.dkernel);
+  if (plan.transposed_wgrad) {
+    Buffer sum(p.kernel_elements());
+    SumSlabs(pool, dkernel.data(), slabs, p.kernel_elements(), DType::kFloat32, sum.get());
+    TransposeTaps(pool, sum.get(), 1, co, ci, /*reverse=*/false, static_cast<float*>(d.dkernel));
+  } else {
+    SumSlabs(pool, dkernel.data(), slabs, p.kernel_elements(), p.dtype, d.dkernel);
+  }
   SumRows(row_sums, co, p.dtype, d.dbias);
 }
 

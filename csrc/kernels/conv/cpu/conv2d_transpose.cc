@@ -90,7 +90,7 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
   int64_t slabs[4];
   for (int64_t parity = 0; parity < 4; ++parity) {
     const int64_t kh = Taps(k, parity / 2), kw = Taps(k, parity % 2);
-    slabs[parity] = WgradSlabs(kh, kw, co, ci);
+    slabs[parity] = WgradSlabs(direct, kh, kw, co, ci);
     dkernel[parity].assign(slabs[parity] * kh * kw * co * ci, 0.0f);
   }
 
@@ -108,7 +108,7 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
       a.kernel = kernel, a.kh = a.kw = k, a.filters = ci, a.stride = 2;
       a.y =
           View<float>::Contiguous(in_place ? static_cast<float*>(d.dx) + first * in_size : dx_storage.get(), h, w, ci);
-      GetPrimitives().eigen_conv(pool, a);
+      Conv(pool, a);
       if (p.input_is_relu) {
         ParallelFor(pool, n * h, [&](int64_t row) {
           std::vector<float> mask(w * ci);

@@ -45,11 +45,14 @@ const Primitives& GetPrimitives() {
   return chosen;
 }
 
-int64_t WgradSlabs(int64_t kh, int64_t kw, int64_t ci, int64_t co) {
-  // Enough parts for the cores of a workstation when the output alone gives too few; large outputs need no second copy.
-  constexpr int64_t kTasks = 8, kLargeTile = 512 * 1536;
-  const int64_t tiles = kh * std::max<int64_t>(1, kw * ci * co / kLargeTile);
-  return std::max<int64_t>(1, (kTasks + tiles - 1) / tiles);
+int64_t WgradSlabs(bool direct, int64_t kh, int64_t kw, int64_t ci, int64_t co) {
+  // Enough equal parts for the cores of a workstation where the output alone gives too few; large outputs need no
+  // second copy.
+  const auto parts = [](int64_t wanted, int64_t tasks) { return std::max<int64_t>(1, (wanted + tasks - 1) / tasks); };
+  if (direct && ci * co <= kNarrowWgrad) return parts(24, kh);
+  if (direct) return parts(16, kh * kw * parts(ci, kWgradChannels));
+  constexpr int64_t kLargeTile = 512 * 1536;
+  return parts(8, kh * std::max<int64_t>(1, kw * ci * co / kLargeTile));
 }
 
 }  // namespace unet_fast::cpu

@@ -45,8 +45,13 @@ struct WgradArgs {
   float* dkernel = nullptr;  // [slabs, kh, kw, channels >= x.c, dz.c], the first x.c channels are added to
   int64_t channels = 0;
 };
-// How many slabs a weight gradient of that size is split into.
-int64_t WgradSlabs(int64_t kh, int64_t kw, int64_t ci, int64_t co);
+// How many slabs the weight gradient of that size is split into by the direct engine, else by Eigen's.
+int64_t WgradSlabs(bool direct, int64_t kh, int64_t kw, int64_t ci, int64_t co);
+// Where a tap's gradient has no more floats than that it stays in the first-level cache, and all taps of a kernel row
+// are one task.
+constexpr int64_t kNarrowWgrad = 64 * 64;
+// Channels of x a task of the direct weight gradient, beyond.
+constexpr int64_t kWgradChannels = 128;
 
 struct Primitives {
   const char* isa;
