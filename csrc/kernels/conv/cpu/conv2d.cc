@@ -239,7 +239,8 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
     const float* kernel = AsFloat(pool, d.kernel, p.dtype, p.kernel_elements(), &kernel_storage);
     TransposeTaps(pool, kernel, k * k, ci, co, /*reverse=*/true, rotated.get());
   }
-  const int64_t wgrad_k = plan.patches ? 1 : k, slabs = WgradSlabs(plan.direct_wgrad, wgrad_k, wgrad_k, plan.grid_c, co);
+  const int64_t wgrad_k = plan.patches ? 1 : k,
+                slabs = WgradSlabs(plan.direct_wgrad, wgrad_k, wgrad_k, plan.grid_c, co);
   std::vector<float> dkernel(slabs * p.kernel_elements(), 0.0f);
   std::vector<float> row_sums(p.batch * oh * co);
 

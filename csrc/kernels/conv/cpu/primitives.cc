@@ -50,7 +50,7 @@ int64_t WgradSlabs(bool direct, int64_t kh, int64_t kw, int64_t ci, int64_t co) 
   // second copy.
   const auto parts = [](int64_t wanted, int64_t tasks) { return std::max<int64_t>(1, (wanted + tasks - 1) / tasks); };
   if (direct && ci * co <= kNarrowWgrad) return parts(24, kh);
-  if (direct) return parts(16, kh * kw * parts(ci, kWgradChannels));
+  if (direct) return parts(12, kh * parts(ci, kWgradChannels));
   constexpr int64_t kLargeTile = 512 * 1536;
   return parts(8, kh * std::max<int64_t>(1, kw * ci * co / kLargeTile));
 }

@@ -51,7 +51,7 @@ int64_t WgradSlabs(bool direct, int64_t kh, int64_t kw, int64_t ci, int64_t co);
 // are one task.
 constexpr int64_t kNarrowWgrad = 64 * 64;
 // Channels of x a task of the direct weight gradient, beyond.
-constexpr int64_t kWgradChannels = 128;
+constexpr int64_t kWgradChannels = 64;
 
 struct Primitives {
   const char* isa;

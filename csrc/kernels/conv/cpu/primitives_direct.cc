@@ -149,7 +149,7 @@ constexpr std::array<OuterBlock, sizeof...(C)> OuterBlocks(std::integer_sequence
 
 // Channels of x whose products one call of Outer accumulates.
 template <int NV>
-constexpr int kOuter = kRegisters == 32 ? 8 : 12 / NV / 2 * 2;
+constexpr int kOuter = kRegisters == 32 ? 14 : 12 / NV / 2 * 2;
 
 // The same for `ci` channels of x, in blocks of nearly equal size.
 template <int W, int NV>
@@ -176,36 +176,37 @@ void OuterChannels(const WgradArgs& a, const float* x, const float* dz, int64_t 
   for (; d < co; d += W) OuterInputs<W, 1>(x, a.x.pixel, a.x.c, dz + d, a.dz.pixel, count, dkernel + d, co);
 }
 
-// Points of x and dz, gathered until there are enough of them to be worth a pass over dkernel: with many channels the
-// pixels of an image are too far apart for the first-level cache, and a small image's rows too short. As panels, each
-// of few channels and all points, side by side.
+// Points of dz, and of x as each tap of a kernel row sees it, gathered until there are enough of them to be worth a
+// pass over dkernel: with many channels the pixels of an image are too far apart for the first-level cache, and a small
+// image's rows too short. As panels side by side, each of some channels and all points.
 template <int W>
 class Panels {
  public:
+  // For `channels` channels of x from `first` on; dkernel is that of the kernel row.
   Panels(const WgradArgs& a, int64_t first, int64_t channels, float* dkernel)
-      : a_(a), first_(first), channels_(channels), dkernel_(dkernel), x_(kPoints * Padded(channels, kX)),
-        dz_(kPoints * Padded(a.dz.c, kDz)) {}
-  void Add(const float* x, const float* dz, int64_t count) {
-    while (count > 0) {
-      const int64_t taken = std::min(count, kPoints - points_);
-      Copy<kX>(x + first_, a_.x.pixel, channels_, taken, x_.get());
-      Copy<kDz>(dz, a_.dz.pixel, a_.dz.c, taken, dz_.get());
-      points_ += taken, count -= taken;
-      x += taken * a_.x.pixel, dz += taken * a_.dz.pixel;
+      : a_(a), first_(first), channels_(channels), dkernel_(dkernel), dz_(kPoints * Padded(a.dz.c, kDz)) {
+    for (int64_t s = 0; s < a.kw; ++s) x_.emplace_back(kPoints * Padded(channels, kX));
+  }
+  // Row i of dz, which sees row `source` of x.
+  void Add(int64_t n, int64_t i, int64_t source) {
+    for (int64_t j = 0; j < a_.dz.w;) {
+      const int64_t count = std::min(a_.dz.w - j, kPoints - points_);
+      Copy<kDz>(a_.dz, n, i, j, count, 0, a_.dz.c, dz_.get());
+      for (int64_t s = 0; s < a_.kw; ++s)
+        Copy<kX>(a_.x, n, source, j + s - a_.pad, count, first_, channels_, x_[s].get());
+      points_ += count, j += count;
       if (points_ == kPoints) Flush();
     }
   }
   void Flush() {
-    for (int64_t d = 0; d < a_.dz.c; d += kDz) {
+    const int64_t co = a_.dz.c;
+    for (int64_t d = 0; d < co; d += kDz) {
       const float* dz = dz_.get() + d * kPoints;
-      for (int64_t c = 0; c < channels_; c += kX) {
-        const float* x = x_.get() + c * kPoints;
-        const int64_t ci = std::min(kX, channels_ - c);
-        float* target = dkernel_ + (first_ + c) * a_.dz.c + d;
-        if (a_.dz.c - d >= kDz) {
-          OuterInputs<W, 2>(x, kX, ci, dz, kDz, points_, target, a_.dz.c);
-        } else {
-          OuterInputs<W, 1>(x, kX, ci, dz, kDz, points_, target, a_.dz.c);
+      const auto outer = co - d >= kDz ? OuterInputs<W, 2> : OuterInputs<W, 1>;
+      for (int64_t s = 0; s < a_.kw; ++s) {
+        for (int64_t c = 0; c < channels_; c += kX) {
+          float* target = dkernel_ + (s * a_.channels + first_ + c) * co + d;
+          outer(x_[s].get() + c * kPoints, kX, std::min(kX, channels_ - c), dz, kDz, points_, target, co);
         }
       }
     }
@@ -213,18 +214,24 @@ class Panels {
   }
 
  private:
-  static constexpr int64_t kPoints = 128, kX = 16, kDz = 2 * W;
+  static constexpr int64_t kPoints = 128, kX = 64, kDz = 2 * W;
   static int64_t Padded(int64_t channels, int64_t to) { return (channels + to - 1) / to * to; }
+  // Appends the columns [left, left + count) of a row, zeros where there are none.
   template <int64_t Width>
-  void Copy(const float* source, int64_t pixel, int64_t channels, int64_t count, float* panels) {
-    for (int64_t c = 0; c < channels; c += Width, panels += kPoints * Width) {
-      const int64_t width = std::min(Width, channels - c);
-      for (int64_t j = 0; j < count; ++j) {
-        float* target = panels + (points_ + j) * Width;
-        if (width == Width) {
-          std::memcpy(target, source + j * pixel + c, Width * sizeof(float));
+  void Copy(const View<const float>& v, int64_t n, int64_t i, int64_t left, int64_t count, int64_t first,
+            int64_t channels, float* panels) {
+    for (int64_t j = 0; j < count; ++j) {
+      const bool inside = left + j >= 0 && left + j < v.w;
+      const float* source = inside ? v.At(n, i, left + j) + first : nullptr;
+      float* target = panels + (points_ + j) * Width;
+      for (int64_t c = 0; c < channels; c += Width, target += kPoints * Width) {
+        const int64_t width = std::min(Width, channels - c);
+        if (!inside) {
+          std::fill_n(target, width, 0.0f);
+        } else if (width == Width) {
+          std::memcpy(target, source + c, Width * sizeof(float));
         } else {
-          std::copy_n(source + j * pixel + c, width, target);
+          std::copy_n(source + c, width, target);
         }
       }
     }
@@ -232,19 +239,10 @@ class Panels {
   const WgradArgs& a_;
   const int64_t first_, channels_;
   float* const dkernel_;
-  Buffer x_, dz_;
+  Buffer dz_;
+  std::vector<Buffer> x_;
   int64_t points_ = 0;
 };
-
-// Calls visit(x, dz, count) for the points of dz's rows [begin, end), counted through the images, that see x through
-// the tap (r, s), in pieces of at most `longest`.
-template <class Visit>
-void ForPoints(const WgradArgs& a, int64_t r, int64_t s, int64_t row, int64_t first, int64_t last, const Visit& visit) {
-  const int64_t n = row / a.dz.h, i = row % a.dz.h, source = i + r - a.pad;
-  if (source < 0 || source >= a.x.h) return;
-  const int64_t begin = std::max(first, a.pad - s), end = std::min({last, a.dz.w, a.x.w + a.pad - s});
-  if (begin < end) visit(a.x.At(n, source, begin + s - a.pad), a.dz.At(n, i, begin), end - begin);
-}
 
 // The widest vector that divides the channels; 0 where none does.
 int Width(int64_t channels) {
@@ -366,28 +364,33 @@ void NarrowWgrad(ThreadPool& pool, const WgradArgs& a) {
     const int64_t slab = task / a.kh, r = task % a.kh;
     float* dkernel = a.dkernel + slab * a.slab_stride + r * a.kw * a.channels * a.dz.c;
     for (int64_t row = all_rows * slab / a.slabs; row < all_rows * (slab + 1) / a.slabs; ++row) {
+      const int64_t n = row / a.dz.h, i = row % a.dz.h, source = i + r - a.pad;
+      if (source < 0 || source >= a.x.h) continue;
       for (int64_t strip = 0; strip < a.dz.w; strip += kStrip) {
         for (int64_t s = 0; s < a.kw; ++s) {
-          ForPoints(a, r, s, row, strip, strip + kStrip, [&](const float* x, const float* dz, int64_t count) {
-            OuterChannels<W>(a, x, dz, count, dkernel + s * a.channels * a.dz.c);
-          });
+          // Points whose tap lies inside x.
+          const int64_t begin = std::max(strip, a.pad - s);
+          const int64_t end = std::min({strip + kStrip, a.dz.w, a.x.w + a.pad - s});
+          if (begin >= end) continue;
+          OuterChannels<W>(a, a.x.At(n, source, begin + s - a.pad), a.dz.At(n, i, begin), end - begin,
+                           dkernel + s * a.channels * a.dz.c);
         }
       }
     }
   });
 }
 
-// A task is a tap and some channels of x.
+// A task is a kernel row and some channels of x.
 template <int W>
 void WideWgrad(ThreadPool& pool, const WgradArgs& a) {
-  const int64_t all_rows = a.n * a.dz.h, parts = (a.x.c + kWgradChannels - 1) / kWgradChannels, taps = a.kh * a.kw;
-  ParallelFor(pool, a.slabs * taps * parts, [&](int64_t task) {
-    const int64_t slab = task / (taps * parts), tap = task / parts % taps, part = task % parts;
+  const int64_t all_rows = a.n * a.dz.h, parts = (a.x.c + kWgradChannels - 1) / kWgradChannels;
+  ParallelFor(pool, a.slabs * a.kh * parts, [&](int64_t task) {
+    const int64_t slab = task / (a.kh * parts), r = task / parts % a.kh, part = task % parts;
     const int64_t first = a.x.c * part / parts, channels = a.x.c * (part + 1) / parts - first;
-    Panels<W> panels(a, first, channels, a.dkernel + slab * a.slab_stride + tap * a.channels * a.dz.c);
+    Panels<W> panels(a, first, channels, a.dkernel + slab * a.slab_stride + r * a.kw * a.channels * a.dz.c);
     for (int64_t row = all_rows * slab / a.slabs; row < all_rows * (slab + 1) / a.slabs; ++row) {
-      ForPoints(a, tap / a.kw, tap % a.kw, row, 0, a.dz.w,
-                [&](const float* x, const float* dz, int64_t count) { panels.Add(x, dz, count); });
+      const int64_t i = row % a.dz.h, source = i + r - a.pad;
+      if (source >= 0 && source < a.x.h) panels.Add(row / a.dz.h, i, source);
     }
     panels.Flush();
   });
@@ -395,7 +398,7 @@ void WideWgrad(ThreadPool& pool, const WgradArgs& a) {
 
 template <int W>
 void Wgrad(ThreadPool& pool, const WgradArgs& a) {
-  a.x.c * a.dz.c <= kNarrowWgrad ? NarrowWgrad<W>(pool, a) : WideWgrad<W>(pool, a);
+  a.x.c* a.dz.c <= kNarrowWgrad ? NarrowWgrad<W>(pool, a) : WideWgrad<W>(pool, a);
 }
 
 }  // namespace
