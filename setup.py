@@ -54,8 +54,6 @@ class CMakeBuild(build_ext):
         ]
         if ninja := _program("ninja", "BIN_DIR"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
-            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
