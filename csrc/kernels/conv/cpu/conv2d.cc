@@ -72,6 +72,7 @@ void ScatterInputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2D
 // How the gradient of one problem is computed.
 struct GradientPlan {
   bool float32, want_dx;
+  bool dz_in_place;                // dy is dz already
   bool patches;                    // the weight gradient is that of a 1x1 convolution of explicit patches
   bool direct_wgrad;               // else Eigen's, for which x is padded and dz lies in the grid of the padded x
   bool transposed_wgrad;           // of a 1x1 kernel: x and dz change places, and so do the gradient's two channels
@@ -97,6 +98,8 @@ struct GradientPlan {
     x_in_place = float32 && !patches && (direct_wgrad || (p.pad() == 0 && p.skip_channels == 0));
     dx_in_place =
         float32 && (p.skip_channels == 0 || (DirectServes(p, p.channels) && DirectServes(p, p.skip_channels)));
+    dz_in_place =
+        float32 && !p.pool && (!p.relu || p.dy_is_masked) && grid_h == p.out_height() && grid_w == p.out_width();
     dz_size = grid_h * grid_w * p.filters;
     // Gathered for the direct kernel, x is not padded.
     x_size = direct_wgrad && !patches ? p.height * p.width * grid_c : grid_h * grid_w * grid_c;
@@ -150,7 +153,8 @@ void InputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradien
   }
 }
 
-// dkernel [slabs, k, k, in_channels, filters] += the weight gradient of `n` images from `first` on.
+// dkernel [slabs, k, k, in_channels, filters]: the weight gradient of `n` images from `first` on, added to that of
+// those before.
 void WeightGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradient& d, const GradientPlan& plan,
                     int64_t first, int64_t n, const float* dz, float* x, int64_t slabs, float* dkernel) {
   const int64_t k = p.kernel_size;
@@ -159,6 +163,7 @@ void WeightGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradie
   w.n = n, w.kh = w.kw = plan.patches ? 1 : k, w.pad = plan.direct_wgrad && !plan.patches ? p.pad() : 0;
   w.dz = View<const float>::Contiguous(dz, plan.grid_h, plan.grid_w, p.filters);
   w.slabs = slabs, w.slab_stride = p.kernel_elements(), w.dkernel = dkernel, w.channels = plan.grid_c;
+  w.add = first > 0;
   const auto run = plan.direct_wgrad ? GetPrimitives().direct_wgrad : GetPrimitives().eigen_wgrad;
   if (plan.x_in_place) {
     w.x = View<const float>::Contiguous(x_data, p.height, p.width, p.channels);
@@ -229,9 +234,10 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
   const int64_t k = p.kernel_size, ci = p.in_channels(), co = p.filters, oh = p.out_height(), ow = p.out_width();
   Buffer kernel_storage, rotated, x_storage, dinput;
   const bool copy_dinput = plan.want_dx && !plan.dx_in_place;
-  const int64_t chunk = ImagesPerChunk(
-      p.batch, plan.dz_size + (plan.x_in_place ? 0 : plan.x_size) + (copy_dinput ? plan.dinput_size : 0));
-  Buffer dz(chunk * plan.dz_size);
+  const int64_t chunk =
+      ImagesPerChunk(p.batch, (plan.dz_in_place ? 0 : plan.dz_size) + (plan.x_in_place ? 0 : plan.x_size) +
+                                  (copy_dinput ? plan.dinput_size : 0));
+  Buffer dz_storage(plan.dz_in_place ? 0 : chunk * plan.dz_size);
   if (!plan.x_in_place) x_storage = Buffer(chunk * plan.x_size);
   if (copy_dinput) dinput = Buffer(chunk * plan.dinput_size);
   if (plan.want_dx) {
@@ -241,7 +247,10 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
   }
   const int64_t wgrad_k = plan.patches ? 1 : k,
                 slabs = WgradSlabs(plan.direct_wgrad, wgrad_k, wgrad_k, plan.grid_c, co);
-  std::vector<float> dkernel(slabs * p.kernel_elements(), 0.0f);
+  // A single slab of float32 is the result.
+  const bool dkernel_in_place = plan.float32 && slabs == 1 && !plan.transposed_wgrad && p.batch > 0;
+  Buffer dkernel_storage(dkernel_in_place ? 0 : slabs * p.kernel_elements());
+  float* dkernel = dkernel_in_place ? static_cast<float*>(d.dkernel) : dkernel_storage.get();
   std::vector<float> row_sums(p.batch * oh * co);
 
   for (int64_t first = 0; first < p.batch; first += chunk) {
@@ -249,18 +258,21 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
     MaskedGradient m;
     m.dy = At(d.dy, p.dtype, out_offset), m.y = At(d.y, p.dtype, out_offset);
     m.dpooled = p.pool ? At(d.dpooled, p.dtype, first * (oh / 2) * (ow / 2) * co) : nullptr;
-    m.type = p.dtype, m.n = n, m.h = oh, m.w = ow, m.c = co, m.relu = p.relu;
-    m.dz = dz.get(), m.grid_h = plan.grid_h, m.grid_w = plan.grid_w, m.row_sums = row_sums.data() + first * oh * co;
+    m.type = p.dtype, m.n = n, m.h = oh, m.w = ow, m.c = co, m.relu = p.relu && !p.dy_is_masked;
+    m.dz = plan.dz_in_place ? nullptr : dz_storage.get(), m.grid_h = plan.grid_h, m.grid_w = plan.grid_w,
+    m.row_sums = row_sums.data() + first * oh * co;
     MaskGradient(pool, m);
-    if (plan.want_dx) InputGradient(pool, p, d, plan, first, n, dz.get(), rotated.get(), dinput.get());
-    WeightGradient(pool, p, d, plan, first, n, dz.get(), x_storage.get(), slabs, dkernel.data());
+    const float* dz = plan.dz_in_place ? static_cast<const float*>(m.dy) : dz_storage.get();
+    if (plan.want_dx) InputGradient(pool, p, d, plan, first, n, dz, rotated.get(), dinput.get());
+    WeightGradient(pool, p, d, plan, first, n, dz, x_storage.get(), slabs, dkernel);
   }
+  const int64_t summed = p.batch > 0 ? slabs : 0;
   if (plan.transposed_wgrad) {
     Buffer sum(p.kernel_elements());
-    SumSlabs(pool, dkernel.data(), slabs, p.kernel_elements(), DType::kFloat32, sum.get());
+    SumSlabs(pool, dkernel, summed, p.kernel_elements(), DType::kFloat32, sum.get());
     TransposeTaps(pool, sum.get(), 1, co, ci, /*reverse=*/false, static_cast<float*>(d.dkernel));
-  } else {
-    SumSlabs(pool, dkernel.data(), slabs, p.kernel_elements(), p.dtype, d.dkernel);
+  } else if (!dkernel_in_place) {
+    SumSlabs(pool, dkernel, summed, p.kernel_elements(), p.dtype, d.dkernel);
   }
   SumRows(row_sums, co, p.dtype, d.dbias);
 }

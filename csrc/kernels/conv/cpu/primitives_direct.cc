@@ -1,8 +1,6 @@
-// Direct convolution and weight gradient for few channels, where Eigen's blocks are mostly padding: the layers at full
-// resolution, whose weights stay in cache. A block of pixels times a block of channels accumulates in registers; NHWC
-// makes each step one load of weights (or of dz), and one broadcast of x a pixel. Nothing is packed or copied.
-#include <unistd.h>
-
+// Direct convolution and weight gradient. A block of pixels times a block of channels accumulates in registers; NHWC
+// makes each step one load of weights (or of dz), and one broadcast of x a pixel. With few channels nothing is packed
+// or copied; with many, weights (or x and dz) are packed so that what is read together lies together.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -11,32 +9,10 @@
 
 #include "conv/cpu/buffers.h"
 #include "conv/cpu/primitives.h"
+#include "conv/cpu/vector.h"
 
 namespace unet_fast::cpu::UNET_FAST_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kRegisters = 32, kWidest = 16;
-#elif defined(__AVX2__)
-constexpr int kRegisters = 16, kWidest = 8;
-#else
-constexpr int kRegisters = 16, kWidest = 4;
-#endif
-
-template <int W>
-struct Vector {
-  typedef float Type __attribute__((vector_size(W * sizeof(float))));
-};
-template <int W>
-typename Vector<W>::Type Load(const float* p) {
-  typename Vector<W>::Type v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-template <int W>
-void Store(float* p, typename Vector<W>::Type v) {
-  std::memcpy(p, &v, sizeof(v));
-}
 
 // y[j .. j + P) of one output row, channels [0, NV * W). Step: floats from an input pixel to the next output pixel's,
 // where the compiler is to know it, else 0. Edge: some taps of some pixels may lie left or right of the image, where
@@ -214,7 +190,7 @@ class Panels {
   }
 
  private:
-  static constexpr int64_t kPoints = 128, kX = 64, kDz = 2 * W;
+  static constexpr int64_t kPoints = 128, kX = kWgradChannels, kDz = 2 * W;
   static int64_t Padded(int64_t channels, int64_t to) { return (channels + to - 1) / to * to; }
   // Appends the columns [left, left + count) of a row, zeros where there are none.
   template <int64_t Width>
@@ -244,13 +220,6 @@ class Panels {
   int64_t points_ = 0;
 };
 
-// The widest vector that divides the channels; 0 where none does.
-int Width(int64_t channels) {
-  for (int w = kWidest; w >= 4; w /= 2) {
-    if (channels % w == 0) return w;
-  }
-  return 0;
-}
 constexpr int kNarrowest = kWidest < 8 ? kWidest : 8;  // narrower vectors are slower than Eigen
 
 }  // namespace
@@ -355,6 +324,11 @@ bool DirectWgradServes(const WgradArgs& a) {
 
 namespace {
 
+// Zeroes a kernel row's gradient of x's channels [first, first + count).
+void ZeroTaps(const WgradArgs& a, int64_t first, int64_t count, float* dkernel) {
+  for (int64_t s = 0; s < a.kw; ++s) std::fill_n(dkernel + (s * a.channels + first) * a.dz.c, count * a.dz.c, 0.0f);
+}
+
 // One tap's gradient stays in the first-level cache: all taps of a kernel row read a strip of points while it is there.
 template <int W>
 void NarrowWgrad(ThreadPool& pool, const WgradArgs& a) {
@@ -363,7 +337,8 @@ void NarrowWgrad(ThreadPool& pool, const WgradArgs& a) {
   ParallelFor(pool, a.slabs * a.kh, [&](int64_t task) {
     const int64_t slab = task / a.kh, r = task % a.kh;
     float* dkernel = a.dkernel + slab * a.slab_stride + r * a.kw * a.channels * a.dz.c;
-    for (int64_t row = all_rows * slab / a.slabs; row < all_rows * (slab + 1) / a.slabs; ++row) {
+    if (!a.add) ZeroTaps(a, 0, a.x.c, dkernel);
+    for (int64_t row = SlabBegin(all_rows, slab, a.slabs); row < SlabBegin(all_rows, slab + 1, a.slabs); ++row) {
       const int64_t n = row / a.dz.h, i = row % a.dz.h, source = i + r - a.pad;
       if (source < 0 || source >= a.x.h) continue;
       for (int64_t strip = 0; strip < a.dz.w; strip += kStrip) {
@@ -387,8 +362,10 @@ void WideWgrad(ThreadPool& pool, const WgradArgs& a) {
   ParallelFor(pool, a.slabs * a.kh * parts, [&](int64_t task) {
     const int64_t slab = task / (a.kh * parts), r = task / parts % a.kh, part = task % parts;
     const int64_t first = a.x.c * part / parts, channels = a.x.c * (part + 1) / parts - first;
-    Panels<W> panels(a, first, channels, a.dkernel + slab * a.slab_stride + r * a.kw * a.channels * a.dz.c);
-    for (int64_t row = all_rows * slab / a.slabs; row < all_rows * (slab + 1) / a.slabs; ++row) {
+    float* dkernel = a.dkernel + slab * a.slab_stride + r * a.kw * a.channels * a.dz.c;
+    if (!a.add) ZeroTaps(a, first, channels, dkernel);
+    Panels<W> panels(a, first, channels, dkernel);
+    for (int64_t row = SlabBegin(all_rows, slab, a.slabs); row < SlabBegin(all_rows, slab + 1, a.slabs); ++row) {
       const int64_t i = row % a.dz.h, source = i + r - a.pad;
       if (source >= 0 && source < a.x.h) panels.Add(row / a.dz.h, i, source);
     }
@@ -412,44 +389,6 @@ void DirectWgrad(ThreadPool& pool, const WgradArgs& a) {
       return;
     default:
       if constexpr (kWidest >= 16) Wgrad<16>(pool, a);
-  }
-}
-
-namespace {
-
-template <int W>
-void AddUnpooledPixels(const float* y0, const float* y1, const float* dpooled, int64_t cols, int64_t c, float* dz0,
-                       float* dz1) {
-  using V = typename Vector<W>::Type;
-  const V zero = {};
-  const auto add = [&](float* p, V v) { Store<W>(p, Load<W>(p) + v); };
-  for (int64_t j = 0; j < cols; ++j, y0 += 2 * c, y1 += 2 * c, dz0 += 2 * c, dz1 += 2 * c, dpooled += c) {
-    for (int64_t k = 0; k < c; k += W) {
-      const V a = Load<W>(y0 + k), b = Load<W>(y0 + c + k), e = Load<W>(y1 + k), f = Load<W>(y1 + c + k);
-      const V top = b > a ? b : a, bottom = f > e ? f : e, d = Load<W>(dpooled + k);
-      const V high = bottom > top ? zero : d, low = bottom > top ? d : zero;
-      add(dz0 + k, b > a ? zero : high);
-      add(dz0 + c + k, b > a ? high : zero);
-      add(dz1 + k, f > e ? zero : low);
-      add(dz1 + c + k, f > e ? low : zero);
-    }
-  }
-}
-
-}  // namespace
-
-void AddUnpooled(const float* y0, const float* y1, const float* dpooled, int64_t cols, int64_t c, float* dz0,
-                 float* dz1) {
-  switch (Width(c)) {
-    case 0:
-      return AddUnpooledPixels<1>(y0, y1, dpooled, cols, c, dz0, dz1);
-    case 4:
-      return AddUnpooledPixels<4>(y0, y1, dpooled, cols, c, dz0, dz1);
-    case 8:
-      if constexpr (kWidest >= 8) return AddUnpooledPixels<8>(y0, y1, dpooled, cols, c, dz0, dz1);
-      break;
-    default:
-      if constexpr (kWidest >= 16) return AddUnpooledPixels<16>(y0, y1, dpooled, cols, c, dz0, dz1);
   }
 }
 
