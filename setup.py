@@ -1,7 +1,7 @@
 """Builds the native libraries with CMake; everything else is in pyproject.toml.
 
 Environment variables, all optional:
-  UNET_FAST_CUDA=0               build for the CPU only, even where there is an nvcc
+  UNET_FAST_CUDA=0               (or off) build for the CPU only, even where there is an nvcc
   UNET_FAST_CUDA_ARCHS=90a       CUDA architectures, comma-separated (CMAKE_CUDA_ARCHITECTURES, semicolons, does too)
   CUDACXX, CUDA_HOME             which nvcc
   MAX_JOBS=4                     parallel compilations (default: the number of processors)
@@ -29,6 +29,10 @@ def _program(name, folder):
         return shutil.which(name)
 
 
+def _switched_off(variable):
+    return os.environ.get(variable, "").lower() in ("0", "off", "false", "no")
+
+
 class CMakeBuild(build_ext):
     def run(self):
         target = ROOT / "unet_fast" if self.inplace else pathlib.Path(self.build_lib).resolve() / "unet_fast"
@@ -46,12 +50,10 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DUNET_FAST_OUTPUT_DIR={target}",
             f"-DUNET_FAST_FINGERPRINT={fingerprint}",
-            f"-DUNET_FAST_CUDA={'OFF' if os.environ.get('UNET_FAST_CUDA') == '0' else 'ON'}",
+            f"-DUNET_FAST_CUDA={'OFF' if _switched_off('UNET_FAST_CUDA') else 'ON'}",
         ]
         if ninja := _program("ninja", "BIN_DIR"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
-            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)

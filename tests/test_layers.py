@@ -216,6 +216,7 @@ def test_auto_on_a_cpu_goes_by_the_width_and_by_xla():
     narrow.compile("sgd", "mse", jit_compile=True)
     assert narrow.uses_fused_ops
     assert FusedUNet((32, 32, 1), filters=64, depth=1, padding="same").uses_fused_ops
+    assert not FusedUNet((32, 32, 1), filters=72, depth=1, padding="same").uses_fused_ops
     assert FusedUNet((32, 32, 1), filters=8, depth=1, padding="same", backend="fused").uses_fused_ops
 
 

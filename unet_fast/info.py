@@ -117,7 +117,7 @@ def _engine(dtype):
         why = (
             "a GPU and a build with CUDA"
             if gpu
-            else "no GPU; on a CPU the fused ops are the faster under XLA, and from 64 filters on"
+            else "no GPU; on a CPU the fused ops are the faster under XLA, and from 64 filters on in multiples of 16"
         )
     elif not library.available:
         why = library.reason

@@ -22,6 +22,7 @@ from unet_fast.layers import (
 from unet_fast.models.geometry import output_size
 
 _FUSED_ON_CPU_FILTERS = 64
+_CPU_VECTOR = 16
 _UPSAMPLING = {"transpose3x3": 3, "transpose2x2": 2}
 
 
@@ -113,8 +114,9 @@ class FusedUNet(keras.Model):
     @property
     def _fused_on_cpu(self):
         # Measured (docs/performance.md): under XLA the fused ops are the faster ones whatever the width; in a graph the
-        # twin's oneDNN convolutions are, until a network is this wide.
-        return self.filters >= _FUSED_ON_CPU_FILTERS or self.jit_compile
+        # twin's oneDNN convolutions are, until a network is this wide, and unless its channels fill whole vectors.
+        wide = self.filters >= _FUSED_ON_CPU_FILTERS and self.filters % _CPU_VECTOR == 0
+        return wide or self.jit_compile
 
     def with_backend(self, backend):
         """A new FusedUNet with the same weights on another backend; not compiled.

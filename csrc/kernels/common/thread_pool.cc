@@ -10,7 +10,7 @@ namespace {
 struct Loop {
   std::atomic<int64_t> next{0};
   int64_t count = 0;
-  int64_t ended = 0;  // guarded by mutex
+  std::atomic<int64_t> ended{0};
   const std::function<void(int64_t)>* task = nullptr;
   std::mutex mutex;
   std::condition_variable all_ended;
@@ -19,10 +19,9 @@ struct Loop {
   void Work() {
     int64_t done = 0;
     for (int64_t i; (i = next.fetch_add(1)) < count; ++done) (*task)(i);
-    if (done == 0) return;
+    if (done == 0 || ended.fetch_add(done) + done < count) return;
     std::lock_guard<std::mutex> lock(mutex);
-    ended += done;
-    if (ended == count) all_ended.notify_all();
+    all_ended.notify_all();
   }
 };
 
@@ -39,6 +38,11 @@ void ParallelFor(ThreadPool& pool, int64_t count, const std::function<void(int64
   loop->task = &task;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([loop] { loop->Work(); });
   loop->Work();
+  // Helpers mostly end within microseconds of each other, and to sleep and be woken takes longer than that.
+  constexpr int kSpins = 1 << 14;
+  for (int i = 0; i < kSpins; ++i) {
+    if (loop->ended == count) return;
+  }
   std::unique_lock<std::mutex> lock(loop->mutex);
   loop->all_ended.wait(lock, [&] { return loop->ended == count; });
 }

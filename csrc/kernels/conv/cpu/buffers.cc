@@ -79,69 +79,69 @@ void GatherPatches(ThreadPool& pool, const void* source, DType type, int64_t n, 
       const int64_t source_row = i + r - pad;
       const bool inside = source_row >= 0 && source_row < h;
       const float* x = inside ? Row(source, type, (image * h + source_row) * w * c, w * c, &storage) : nullptr;
-      for (int64_t j = 0; j < cols; ++j) {
-        float* patch = target + ((row * cols + j) * k + r) * k * c;
-        for (int64_t s = 0; s < k; ++s) {
-          const int64_t source_col = j + s - pad;
-          const bool valid = inside && source_col >= 0 && source_col < w;
-          for (int64_t q = 0; q < c; ++q) patch[s * c + q] = valid ? x[source_col * c + q] : 0.0f;
-        }
+      for (int64_t t = 0; t < k * c; ++t) {  // one element of every patch: a loop without a branch
+        const int64_t s = t / c, begin = std::clamp<int64_t>(pad - s, 0, cols);
+        const int64_t end = inside ? std::clamp(w + pad - s, begin, cols) : begin;
+        float* patch = target + (row * cols * k + r) * k * c + t;
+        const int64_t stride = k * k * c;
+        for (int64_t j = 0; j < begin; ++j) patch[j * stride] = 0.0f;
+        for (int64_t j = begin; j < end; ++j) patch[j * stride] = x[(j + s - pad) * c + t % c];
+        for (int64_t j = end; j < cols; ++j) patch[j * stride] = 0.0f;
       }
     }
   });
 }
 
+// Row i of dy in y's width, zeros outside of its window: in place, or in `storage`.
+static const float* DyRow(const MaskedGradient& g, int64_t n, int64_t i, std::vector<float>* storage) {
+  const int64_t count = g.dy_w * g.c, row = i - g.dy_top, offset = (n * g.dy_h + row) * count;
+  const bool covered = row >= 0 && row < g.dy_h;
+  if (covered && g.dy_w == g.w) return Row(g.dy, g.type, offset, count, storage);
+  storage->assign(g.w * g.c, 0.0f);
+  if (covered) {
+    GetPrimitives().to_float(At(g.dy, g.type, offset), g.type, storage->data() + g.dy_left * g.c, count);
+  }
+  return storage->data();
+}
+
 void MaskGradient(ThreadPool& pool, const MaskedGradient& g) {
   // A task is a pair of rows, which pooling reads together; the grid's rows beyond the image are tasks of their own.
-  const int64_t pairs = (g.grid_h + 1) / 2;
+  const int64_t pairs = (g.grid_h + 1) / 2, row_floats = g.w * g.c;
   ParallelFor(pool, g.n * pairs, [&](int64_t task) {
-    const int64_t n = task / pairs, first = task % pairs * 2;
-    std::vector<float> y_storage[2], pooled_storage;
-    const float* y[2] = {nullptr, nullptr};
-    float* dz[2] = {nullptr, nullptr};
-    for (int64_t q = 0; q < 2 && first + q < g.grid_h; ++q) {
-      const int64_t i = first + q;
-      dz[q] = g.dz + (n * g.grid_h + i) * g.grid_w * g.c;
-      if (i >= g.h) {
-        std::fill_n(dz[q], g.grid_w * g.c, 0.0f);
-        continue;
-      }
-      std::fill(dz[q] + g.w * g.c, dz[q] + g.grid_w * g.c, 0.0f);
-      const int64_t dy_row = i - g.dy_top;
-      const bool covered = dy_row >= 0 && dy_row < g.dy_h;
-      float* const left = dz[q] + (covered ? g.dy_left : g.w) * g.c;
-      std::fill(dz[q], left, 0.0f);
-      if (covered) {
-        const int64_t count = g.dy_w * g.c, offset = (n * g.dy_h + dy_row) * count;
-        GetPrimitives().to_float(At(g.dy, g.type, offset), g.type, left, count);
-        std::fill(left + count, dz[q] + g.w * g.c, 0.0f);
-      }
-      y[q] = Row(g.y, g.type, (n * g.h + i) * g.w * g.c, g.w * g.c, &y_storage[q]);
+    const int64_t n = task / pairs, first = task % pairs * 2, rows = std::min<int64_t>(2, g.h - first);
+    std::vector<float> dy_storage[2], y_storage[2], pooled_storage;
+    UnpooledRows r{};
+    for (int64_t q = 0; q < 2 && first + q < g.grid_h && g.dz != nullptr; ++q) {
+      r.dz[q] = g.dz + (n * g.grid_h + first + q) * g.grid_w * g.c;
+      std::fill(r.dz[q] + (q < rows ? row_floats : 0), r.dz[q] + g.grid_w * g.c, 0.0f);
     }
-    if (g.dpooled != nullptr && first / 2 < g.h / 2) {
-      const int64_t pooled_w = g.w / 2;
-      const float* dpooled =
-          Row(g.dpooled, g.type, (n * (g.h / 2) + first / 2) * pooled_w * g.c, pooled_w * g.c, &pooled_storage);
-      GetPrimitives().add_unpooled(y[0], y[1], dpooled, pooled_w, g.c, dz[0], dz[1]);
+    for (int64_t q = 0; q < rows; ++q) {
+      const int64_t offset = (n * g.h + first + q) * row_floats;
+      r.dy[q] = DyRow(g, n, first + q, &dy_storage[q]);
+      if (g.relu || g.dpooled != nullptr) r.y[q] = Row(g.y, g.type, offset, row_floats, &y_storage[q]);
+      r.sums[q] = g.row_sums + (n * g.h + first + q) * g.c;
+      std::fill_n(r.sums[q], g.c, 0.0f);
     }
-    for (int64_t q = 0; q < 2 && first + q < g.h; ++q) {
-      float* sums = g.row_sums + (n * g.h + first + q) * g.c;
-      std::fill_n(sums, g.c, 0.0f);
-      for (int64_t j = 0; j < g.w; ++j) {
-        float* d = dz[q] + j * g.c;
-        const float* v = y[q] + j * g.c;
-        if (g.relu) {
-          for (int64_t k = 0; k < g.c; ++k) d[k] = v[k] > 0.0f ? d[k] : 0.0f;
-        }
-        for (int64_t k = 0; k < g.c; ++k) sums[k] += d[k];
-      }
+    int64_t done = 0;  // pixels of each row
+    if (g.dpooled != nullptr && rows == 2) {
+      r.cols = g.w / 2, r.c = g.c, r.relu = g.relu;
+      r.dpooled = Row(g.dpooled, g.type, (n * (g.h / 2) + first / 2) * r.cols * g.c, r.cols * g.c, &pooled_storage);
+      GetPrimitives().unpool_gradient_rows(r);
+      done = 2 * r.cols;
+    }
+    for (int64_t q = 0; q < rows && done < g.w; ++q) {
+      const int64_t at = done * g.c;
+      GetPrimitives().mask_gradient_row(r.dy[q] + at, g.relu ? r.y[q] + at : nullptr, g.w - done, g.c,
+                                        r.dz[q] != nullptr ? r.dz[q] + at : nullptr, r.sums[q]);
     }
   });
 }
 
 void SumRows(const std::vector<float>& rows, int64_t channels, DType type, void* target) {
   std::vector<double> sum(channels, 0.0);
-  for (size_t i = 0; i < rows.size(); ++i) sum[i % channels] += rows[i];
+  for (size_t row = 0; row < rows.size(); row += channels) {
+    for (int64_t c = 0; c < channels; ++c) sum[c] += rows[row + c];
+  }
   const std::vector<float> rounded(sum.begin(), sum.end());
   GetPrimitives().from_float(rounded.data(), type, target, channels);
 }
@@ -149,8 +149,9 @@ void SumRows(const std::vector<float>& rows, int64_t channels, DType type, void*
 void SumSlabs(ThreadPool& pool, const float* slabs, int64_t count, int64_t size, DType type, void* target) {
   ParallelFor(pool, (size + kBlock - 1) / kBlock, [&](int64_t task) {
     const int64_t begin = task * kBlock, length = std::min(kBlock, size - begin);
-    std::vector<float> sum(slabs + begin, slabs + begin + length);
-    for (int64_t q = 1; q < count; ++q) {
+    if (count == 1) return GetPrimitives().from_float(slabs + begin, type, At(target, type, begin), length);
+    std::vector<float> sum(length, 0.0f);
+    for (int64_t q = 0; q < count; ++q) {
       const float* slab = slabs + q * size + begin;
       for (int64_t i = 0; i < length; ++i) sum[i] += slab[i];
     }

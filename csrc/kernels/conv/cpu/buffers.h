@@ -53,7 +53,7 @@ void GatherPatches(ThreadPool& pool, const void* source, DType type, int64_t n, 
                    int64_t k, int64_t pad, float* target);
 
 // The gradient of what lies under the activation:
-//   dz = (dy + unpool(dpooled)) * (y > 0), written into a grid [n, grid_h, grid_w, c], zeros beyond h x w;
+//   dz = (dy + unpool(dpooled)) * (y > 0), written into a grid [n, grid_h, grid_w, c], zeros beyond h x w, unless null;
 //   row_sums[n * h, c] gets its sum over each row.
 struct MaskedGradient {
   const void* dy;           // [n, dy_h, dy_w, c], a window of y at (dy_top, dy_left); zero outside of it
@@ -61,7 +61,7 @@ struct MaskedGradient {
   DType type;
   int64_t n, h, w, c;
   int64_t dy_h, dy_w, dy_top, dy_left;
-  bool relu;
+  bool relu;  // else no mask
   float* dz;
   int64_t grid_h, grid_w;
   float* row_sums;
@@ -71,7 +71,7 @@ void MaskGradient(ThreadPool& pool, const MaskedGradient& g);
 // target[c] = sum over rows, in a fixed order.
 void SumRows(const std::vector<float>& rows, int64_t channels, DType type, void* target);
 
-// target[...] = sum of the slabs, in a fixed order.
+// target[...] = sum of the slabs, in a fixed order; zero if there are none.
 void SumSlabs(ThreadPool& pool, const float* slabs, int64_t count, int64_t size, DType type, void* target);
 
 // target[t, b, a] = source[order(t), a, b], with order(t) = taps - 1 - t where `reverse`, else t.

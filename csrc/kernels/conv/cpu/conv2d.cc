@@ -4,6 +4,7 @@
 #include "conv/cpu/conv2d.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "conv/cpu/buffers.h"
@@ -68,8 +69,10 @@ void ScatterInputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2D
 // How the gradient of one problem is computed.
 struct GradientPlan {
   bool float32, want_dx;
+  bool dz_in_place;                // dy is dz already
   bool patches;                    // the weight gradient is that of a 1x1 convolution of explicit patches
   bool direct_wgrad;               // else Eigen's, for which x is padded and dz lies in the grid of the padded x
+  bool transposed_wgrad;           // of a 1x1 kernel: x and dz change places, and so do the gradient's two channels
   bool x_in_place;                 // the weight gradient reads x and skip where they are
   bool dx_in_place;                // dx and dskip are written where they belong
   int64_t grid_h, grid_w, grid_c;  // of the x that the weight gradient reads; dz has grid_h and grid_w too
@@ -87,13 +90,21 @@ struct GradientPlan {
     const int64_t pad = direct_wgrad ? 0 : 2 * p.pad();
     grid_h = patches ? p.out_height() : direct_wgrad ? p.out_height() : p.height + pad;
     grid_w = patches ? p.out_width() : direct_wgrad ? p.out_width() : p.width + pad;
+    transposed_wgrad = float32 && k == 1 && p.skip_channels == 0 && !direct_wgrad && TransposedServes(p);
+    direct_wgrad |= transposed_wgrad;
     x_in_place = float32 && !patches && (direct_wgrad || (p.pad() == 0 && p.skip_channels == 0));
     dx_in_place =
         float32 && (p.skip_channels == 0 || (DirectServes(p, p.channels) && DirectServes(p, p.skip_channels)));
+    dz_in_place = float32 && !p.pool && (!p.relu || p.dy_is_masked) && grid_h == p.dy_height && grid_w == p.dy_width;
     dz_size = grid_h * grid_w * p.filters;
     // Gathered for the direct kernel, x is not padded.
     x_size = direct_wgrad && !patches ? p.height * p.width * grid_c : grid_h * grid_w * grid_c;
     dinput_size = p.height * p.width * p.in_channels();
+  }
+  static bool TransposedServes(const Conv2DProblem& p) {
+    WgradArgs w;
+    w.x.c = p.filters, w.dz.c = p.channels;
+    return GetPrimitives().direct_wgrad_serves(w);
   }
   static bool DirectServes(const Conv2DProblem& p, int64_t channels) {
     ConvArgs a;
@@ -137,7 +148,8 @@ void InputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradien
   }
 }
 
-// dkernel [slabs, k, k, in_channels, filters] += the weight gradient of `n` images from `first` on.
+// dkernel [slabs, k, k, in_channels, filters]: the weight gradient of `n` images from `first` on, added to that of
+// those before.
 void WeightGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradient& d, const GradientPlan& plan,
                     int64_t first, int64_t n, const float* dz, float* x, int64_t slabs, float* dkernel) {
   const int64_t k = p.kernel_size;
@@ -146,9 +158,11 @@ void WeightGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradie
   w.n = n, w.kh = w.kw = plan.patches ? 1 : k, w.pad = plan.direct_wgrad && !plan.patches ? p.pad() : 0;
   w.dz = View<const float>::Contiguous(dz, plan.grid_h, plan.grid_w, p.filters);
   w.slabs = slabs, w.slab_stride = p.kernel_elements(), w.dkernel = dkernel, w.channels = plan.grid_c;
+  w.add = first > 0;
   const auto run = plan.direct_wgrad ? GetPrimitives().direct_wgrad : GetPrimitives().eigen_wgrad;
   if (plan.x_in_place) {
     w.x = View<const float>::Contiguous(x_data, p.height, p.width, p.channels);
+    if (plan.transposed_wgrad) std::swap(w.x, w.dz), w.channels = p.filters;
     run(pool, w);
     if (p.skip_channels > 0) {
       const int64_t offset = first * p.skip_height * p.skip_width * p.skip_channels;
@@ -215,9 +229,10 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
   const int64_t k = p.kernel_size, ci = p.in_channels(), co = p.filters, oh = p.out_height(), ow = p.out_width();
   Buffer kernel_storage, rotated, x_storage, dinput;
   const bool copy_dinput = plan.want_dx && !plan.dx_in_place;
-  const int64_t chunk = ImagesPerChunk(
-      p.batch, plan.dz_size + (plan.x_in_place ? 0 : plan.x_size) + (copy_dinput ? plan.dinput_size : 0));
-  Buffer dz(chunk * plan.dz_size);
+  const int64_t chunk =
+      ImagesPerChunk(p.batch, (plan.dz_in_place ? 0 : plan.dz_size) + (plan.x_in_place ? 0 : plan.x_size) +
+                                  (copy_dinput ? plan.dinput_size : 0));
+  Buffer dz_storage(plan.dz_in_place ? 0 : chunk * plan.dz_size);
   if (!plan.x_in_place) x_storage = Buffer(chunk * plan.x_size);
   if (copy_dinput) dinput = Buffer(chunk * plan.dinput_size);
   if (plan.want_dx) {
@@ -225,8 +240,12 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
     const float* kernel = AsFloat(pool, d.kernel, p.dtype, p.kernel_elements(), &kernel_storage);
     TransposeTaps(pool, kernel, k * k, ci, co, /*reverse=*/true, rotated.get());
   }
-  const int64_t wgrad_k = plan.patches ? 1 : k, slabs = WgradSlabs(wgrad_k, wgrad_k, plan.grid_c, co);
-  std::vector<float> dkernel(slabs * p.kernel_elements(), 0.0f);
+  const int64_t wgrad_k = plan.patches ? 1 : k,
+                slabs = WgradSlabs(plan.direct_wgrad, wgrad_k, wgrad_k, plan.grid_c, co);
+  // A single slab of float32 is the result.
+  const bool dkernel_in_place = plan.float32 && slabs == 1 && !plan.transposed_wgrad && p.batch > 0;
+  Buffer dkernel_storage(dkernel_in_place ? 0 : slabs * p.kernel_elements());
+  float* dkernel = dkernel_in_place ? static_cast<float*>(d.dkernel) : dkernel_storage.get();
   std::vector<float> row_sums(p.batch * oh * co);
 
   for (int64_t first = 0; first < p.batch; first += chunk) {
@@ -235,13 +254,22 @@ void Conv2DBiasReluGrad(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGr
     m.dy = At(d.dy, p.dtype, first * p.dy_height * p.dy_width * co), m.y = At(d.y, p.dtype, out_offset);
     m.dy_h = p.dy_height, m.dy_w = p.dy_width, m.dy_top = p.dy_top(), m.dy_left = p.dy_left();
     m.dpooled = p.pool ? At(d.dpooled, p.dtype, first * (oh / 2) * (ow / 2) * co) : nullptr;
-    m.type = p.dtype, m.n = n, m.h = oh, m.w = ow, m.c = co, m.relu = p.relu;
-    m.dz = dz.get(), m.grid_h = plan.grid_h, m.grid_w = plan.grid_w, m.row_sums = row_sums.data() + first * oh * co;
+    m.type = p.dtype, m.n = n, m.h = oh, m.w = ow, m.c = co, m.relu = p.relu && (p.pool || !p.dy_is_masked);
+    m.dz = plan.dz_in_place ? nullptr : dz_storage.get(), m.grid_h = plan.grid_h, m.grid_w = plan.grid_w,
+    m.row_sums = row_sums.data() + first * oh * co;
     MaskGradient(pool, m);
-    if (plan.want_dx) InputGradient(pool, p, d, plan, first, n, dz.get(), rotated.get(), dinput.get());
-    WeightGradient(pool, p, d, plan, first, n, dz.get(), x_storage.get(), slabs, dkernel.data());
+    const float* dz = plan.dz_in_place ? static_cast<const float*>(m.dy) : dz_storage.get();
+    if (plan.want_dx) InputGradient(pool, p, d, plan, first, n, dz, rotated.get(), dinput.get());
+    WeightGradient(pool, p, d, plan, first, n, dz, x_storage.get(), slabs, dkernel);
   }
-  SumSlabs(pool, dkernel.data(), slabs, p.kernel_elements(), p.dtype, d.dkernel);
+  const int64_t summed = p.batch > 0 ? slabs : 0;
+  if (plan.transposed_wgrad) {
+    Buffer sum(p.kernel_elements());
+    SumSlabs(pool, dkernel, summed, p.kernel_elements(), DType::kFloat32, sum.get());
+    TransposeTaps(pool, sum.get(), 1, co, ci, /*reverse=*/false, static_cast<float*>(d.dkernel));
+  } else if (!dkernel_in_place) {
+    SumSlabs(pool, dkernel, summed, p.kernel_elements(), p.dtype, d.dkernel);
+  }
   SumRows(row_sums, co, p.dtype, d.dbias);
 }
 

@@ -75,42 +75,50 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
   // One row and column more than x: a tap of 3x3 kernels reads the next pixel of the same parity.
   const int64_t grid_h = h + 1, grid_w = w + 1;
   Buffer kernel_storage, dx_storage;
-  const int64_t chunk = ImagesPerChunk(p.batch, out_size + grid_h * grid_w * (ci + co) + (in_place ? 0 : in_size));
   WgradArgs served;
   served.x.c = co, served.dz.c = ci;
-  const bool direct = in_place && GetPrimitives().direct_wgrad_serves(served);  // reads x and dz where they are
-  Buffer dz(chunk * out_size), plane, x_grid;
+  const bool direct = in_place && GetPrimitives().direct_wgrad_serves(served);     // reads x and dz where they are
+  const bool masks = p.relu && !p.dy_is_masked, dz_in_place = in_place && !masks;  // dy is dz already
+  const int64_t chunk = ImagesPerChunk(
+      p.batch, (dz_in_place ? 0 : out_size) + (direct ? 0 : grid_h * grid_w * (ci + co)) + (in_place ? 0 : in_size));
+  Buffer dz_storage(dz_in_place ? 0 : chunk * out_size), plane, x_grid;
   if (!direct) plane = Buffer(chunk * grid_h * grid_w * co), x_grid = Buffer(chunk * grid_h * grid_w * ci);
   const float* kernel = nullptr;
   if (d.dx != nullptr) {
     kernel = AsFloat(pool, d.kernel, p.dtype, p.kernel_elements(), &kernel_storage);
     if (!in_place) dx_storage = Buffer(chunk * in_size);
   }
-  std::vector<float> dkernel[4], row_sums(p.batch * 2 * h * co);
+  Buffer dkernel[4];
+  std::vector<float> row_sums(p.batch * 2 * h * co);
   int64_t slabs[4];
   for (int64_t parity = 0; parity < 4; ++parity) {
     const int64_t kh = Taps(k, parity / 2), kw = Taps(k, parity % 2);
-    slabs[parity] = WgradSlabs(kh, kw, co, ci);
-    dkernel[parity].assign(slabs[parity] * kh * kw * co * ci, 0.0f);
+    slabs[parity] = WgradSlabs(direct, kh, kw, co, ci);
+    dkernel[parity] = Buffer(slabs[parity] * kh * kw * co * ci);
   }
 
   for (int64_t first = 0; first < p.batch; first += chunk) {
     const int64_t n = std::min(chunk, p.batch - first);
     MaskedGradient m;
     m.dy = At(d.dy, p.dtype, first * out_size), m.y = At(d.y, p.dtype, first * out_size), m.dpooled = nullptr;
-    m.type = p.dtype, m.n = n, m.h = 2 * h, m.w = 2 * w, m.c = co, m.relu = p.relu;
+    m.type = p.dtype, m.n = n, m.h = 2 * h, m.w = 2 * w, m.c = co, m.relu = masks;
     m.dy_h = m.h, m.dy_w = m.w, m.dy_top = m.dy_left = 0;
-    m.dz = dz.get(), m.grid_h = 2 * h, m.grid_w = 2 * w, m.row_sums = row_sums.data() + first * 2 * h * co;
+    m.dz = dz_in_place ? nullptr : dz_storage.get(), m.grid_h = 2 * h, m.grid_w = 2 * w,
+    m.row_sums = row_sums.data() + first * 2 * h * co;
     MaskGradient(pool, m);
+    const float* dz = dz_in_place ? static_cast<const float*>(m.dy) : dz_storage.get();
 
     if (d.dx != nullptr) {  // dx[i] = sum over r of dz[2 i + r] kernel[r]
       ConvArgs a;
-      a.n = n, a.x[0] = View<const float>::Contiguous(dz.get(), 2 * h, 2 * w, co);
+      a.n = n, a.x[0] = View<const float>::Contiguous(dz, 2 * h, 2 * w, co);
       a.kernel = kernel, a.kh = a.kw = k, a.filters = ci, a.stride = 2;
       a.y =
           View<float>::Contiguous(in_place ? static_cast<float*>(d.dx) + first * in_size : dx_storage.get(), h, w, ci);
-      GetPrimitives().eigen_conv(pool, a);
-      if (p.input_is_relu) {
+      if (p.input_is_relu && in_place) {
+        a.mask = View<const float>::Contiguous(static_cast<const float*>(d.x) + first * in_size, h, w, ci);
+      }
+      Conv(pool, a);
+      if (p.input_is_relu && !in_place) {
         ParallelFor(pool, n * h, [&](int64_t row) {
           std::vector<float> mask(w * ci);
           GetPrimitives().to_float(At(d.x, p.dtype, first * in_size + row * w * ci), p.dtype, mask.data(), w * ci);
@@ -132,9 +140,10 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
       const int64_t a = parity / 2, b = parity % 2;
       WgradArgs args;  // dz takes the part of the input, x that of the output gradient
       args.n = n, args.kh = Taps(k, a), args.kw = Taps(k, b), args.channels = co;
-      args.slabs = slabs[parity], args.slab_stride = args.kh * args.kw * co * ci, args.dkernel = dkernel[parity].data();
+      args.slabs = slabs[parity], args.slab_stride = args.kh * args.kw * co * ci, args.dkernel = dkernel[parity].get();
+      args.add = first > 0;
       if (direct) {
-        args.x = View<const float>{dz.get() + (a * 2 * w + b) * co, h, w, co, 2 * co, 4 * w * co, out_size};
+        args.x = View<const float>{dz + (a * 2 * w + b) * co, h, w, co, 2 * co, 4 * w * co, out_size};
         args.dz = View<const float>::Contiguous(static_cast<const float*>(d.x) + first * in_size, h, w, ci);
         GetPrimitives().direct_wgrad(pool, args);
         continue;
@@ -144,7 +153,7 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
         float* target = plane.get() + row * grid_w * co;
         std::fill_n(target, grid_w * co, 0.0f);
         if (i == h) return;
-        const float* source = dz.get() + (((image * h + i) * 2 + a) * 2 * w + b) * co;
+        const float* source = dz + (((image * h + i) * 2 + a) * 2 * w + b) * co;
         for (int64_t j = 0; j < w; ++j) std::copy_n(source + 2 * j * co, co, target + j * co);
       });
       args.x = View<const float>::Contiguous(plane.get(), grid_h, grid_w, co);
@@ -156,7 +165,7 @@ void Conv2DTransposeBiasReluGrad(ThreadPool& pool, const Conv2DTransposeProblem&
   for (int64_t parity = 0; parity < 4; ++parity) {
     const int64_t a = parity / 2, b = parity % 2, kh = Taps(k, a), kw = Taps(k, b), size = kh * kw * co * ci;
     Buffer sum(size);
-    SumSlabs(pool, dkernel[parity].data(), slabs[parity], size, DType::kFloat32, sum.get());
+    SumSlabs(pool, dkernel[parity].get(), p.batch > 0 ? slabs[parity] : 0, size, DType::kFloat32, sum.get());
     for (int64_t r = 0; r < kh; ++r) {
       for (int64_t s = 0; s < kw; ++s) {
         const int64_t tap = (a + 2 * r) * k + b + 2 * s;

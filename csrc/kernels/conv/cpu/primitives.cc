@@ -6,20 +6,21 @@
 
 namespace unet_fast::cpu {
 
-#define UNET_FAST_DECLARE_ISA(ISA)                                                                                 \
-  namespace ISA {                                                                                                  \
-  bool DirectConvServes(const ConvArgs& args);                                                                     \
-  void DirectConv(ThreadPool& pool, const ConvArgs& args);                                                         \
-  bool DirectWgradServes(const WgradArgs& args);                                                                   \
-  void DirectWgrad(ThreadPool& pool, const WgradArgs& args);                                                       \
-  void EigenConv(ThreadPool& pool, const ConvArgs& args);                                                          \
-  void EigenWgrad(ThreadPool& pool, const WgradArgs& args);                                                        \
-  void AddUnpooled(const float* y0, const float* y1, const float* dpooled, int64_t cols, int64_t c, float* dz0,    \
-                   float* dz1);                                                                                    \
-  void ToFloat(const void* source, DType type, float* target, int64_t count);                                      \
-  void FromFloat(const float* source, DType type, void* target, int64_t count);                                    \
-  static const Primitives kPrimitives = {#ISA,      DirectConvServes, DirectConv,  DirectWgradServes, DirectWgrad, \
-                                         EigenConv, EigenWgrad,       AddUnpooled, ToFloat,           FromFloat};  \
+#define UNET_FAST_DECLARE_ISA(ISA)                                                                          \
+  namespace ISA {                                                                                           \
+  bool DirectConvServes(const ConvArgs& args);                                                              \
+  void DirectConv(ThreadPool& pool, const ConvArgs& args);                                                  \
+  bool DirectWgradServes(const WgradArgs& args);                                                            \
+  void DirectWgrad(ThreadPool& pool, const WgradArgs& args);                                                \
+  void EigenConv(ThreadPool& pool, const ConvArgs& args);                                                   \
+  void EigenWgrad(ThreadPool& pool, const WgradArgs& args);                                                 \
+  void MaskGradientRow(const float* dy, const float* y, int64_t pixels, int64_t c, float* dz, float* sums); \
+  void UnpoolGradientRows(const UnpooledRows& rows);                                                        \
+  void ToFloat(const void* source, DType type, float* target, int64_t count);                               \
+  void FromFloat(const float* source, DType type, void* target, int64_t count);                             \
+  static const Primitives kPrimitives = {                                                                   \
+      #ISA,       DirectConvServes, DirectConv,         DirectWgradServes, DirectWgrad, EigenConv,          \
+      EigenWgrad, MaskGradientRow,  UnpoolGradientRows, ToFloat,           FromFloat};                      \
   }
 UNET_FAST_DECLARE_ISA(baseline)
 #ifdef UNET_FAST_X86
@@ -45,11 +46,14 @@ const Primitives& GetPrimitives() {
   return chosen;
 }
 
-int64_t WgradSlabs(int64_t kh, int64_t kw, int64_t ci, int64_t co) {
-  // Enough parts for the cores of a workstation when the output alone gives too few; large outputs need no second copy.
-  constexpr int64_t kTasks = 8, kLargeTile = 512 * 1536;
-  const int64_t tiles = kh * std::max<int64_t>(1, kw * ci * co / kLargeTile);
-  return std::max<int64_t>(1, (kTasks + tiles - 1) / tiles);
+int64_t WgradSlabs(bool direct, int64_t kh, int64_t kw, int64_t ci, int64_t co) {
+  // Enough equal parts for the cores of a workstation where the output alone gives too few; large outputs need no
+  // second copy.
+  const auto parts = [](int64_t wanted, int64_t tasks) { return std::max<int64_t>(1, (wanted + tasks - 1) / tasks); };
+  if (direct && ci * co <= kNarrowWgrad) return parts(36, kh);
+  if (direct) return parts(12, kh * parts(ci, kWgradChannels));
+  constexpr int64_t kLargeTile = 512 * 1536;
+  return parts(8, kh * std::max<int64_t>(1, kw * ci * co / kLargeTile));
 }
 
 }  // namespace unet_fast::cpu

@@ -35,22 +35,43 @@ struct ConvArgs {
   View<const float> mask;  // when given, y is zeroed where it is <= 0
 };
 
-// dkernel[r, s] += sum over n, i, j of x[n, i + r - pad, j + s - pad] outer dz[n, i, j], x being zero outside. As
+// dkernel[r, s] = sum over n, i, j of x[n, i + r - pad, j + s - pad] outer dz[n, i, j], x being zero outside. As
 // slabs: partial sums, each over a fixed part of the rows, so that the result does not depend on the number of threads.
 struct WgradArgs {
   int64_t n = 0;
   View<const float> x, dz;
   int64_t kh = 0, kw = 0, pad = 0;
   int64_t slabs = 1, slab_stride = 0;
-  float* dkernel = nullptr;  // [slabs, kh, kw, channels >= x.c, dz.c], the first x.c channels are added to
+  float* dkernel = nullptr;  // [slabs, kh, kw, channels >= x.c, dz.c], of which the first x.c channels are written
+  bool add = false;          // to what dkernel holds, rather than in its place
   int64_t channels = 0;
 };
-// How many slabs a weight gradient of that size is split into.
-int64_t WgradSlabs(int64_t kh, int64_t kw, int64_t ci, int64_t co);
+// How many slabs the weight gradient of that size is split into by the direct engine, else by Eigen's.
+int64_t WgradSlabs(bool direct, int64_t kh, int64_t kw, int64_t ci, int64_t co);
+// Where a slab of the direct engine begins among `rows`: each is smaller than the one before, the last a third of the
+// first, so that threads of unequal speed end together.
+inline int64_t SlabBegin(int64_t rows, int64_t slab, int64_t slabs) {
+  return rows * slab * (3 * slabs - slab) / (2 * slabs * slabs);
+}
+// Where a tap's gradient has no more floats than that it stays in the first-level cache, and all taps of a kernel row
+// are one task.
+constexpr int64_t kNarrowWgrad = 64 * 64;
+// Channels of x a task of the direct weight gradient, beyond.
+constexpr int64_t kWgradChannels = 64;
+
+// Two rows of dz = (dy + unpooled) * (y > 0), the mask only if `relu`, over `cols` windows of 2x2 pixels: dpooled
+// [cols, c] goes to the largest y of its window, to the first of equal ones, as in TensorFlow. sums[q][c] += the sum
+// over row q.
+struct UnpooledRows {
+  const float *dy[2], *y[2], *dpooled;
+  int64_t cols, c;
+  bool relu;
+  float *dz[2], *sums[2];
+};
 
 struct Primitives {
   const char* isa;
-  // Few channels: any views. See primitives_direct.cc.
+  // Any views, where it serves. See primitives_direct.cc.
   bool (*direct_conv_serves)(const ConvArgs& args);
   void (*direct_conv)(ThreadPool& pool, const ConvArgs& args);
   bool (*direct_wgrad_serves)(const WgradArgs& args);
@@ -60,11 +81,9 @@ struct Primitives {
   // Any channels: x and dz share one contiguous grid, x's padding included (pad 0), and dz is zero where it has no
   // gradient: in the last kh - 1 rows and kw - 1 columns. See primitives_gemm.cc.
   void (*eigen_wgrad)(ThreadPool& pool, const WgradArgs& args);
-  // dz[2i, 2j] .. dz[2i + 1, 2j + 1] += dpooled[i, j] where y is the largest of the four, for one row i of `cols`
-  // windows of c channels: y0, y1, dz0, dz1 are the rows 2i and 2i + 1. The first of equal maxima is taken, as in
-  // TensorFlow.
-  void (*add_unpooled)(const float* y0, const float* y1, const float* dpooled, int64_t cols, int64_t c, float* dz0,
-                       float* dz1);
+  // dz = dy * (y > 0), or dy where y is null, for pixels of c channels; written unless dz is null. sums[c] += its sum.
+  void (*mask_gradient_row)(const float* dy, const float* y, int64_t pixels, int64_t c, float* dz, float* sums);
+  void (*unpool_gradient_rows)(const UnpooledRows& rows);
   void (*to_float)(const void* source, DType type, float* target, int64_t count);
   void (*from_float)(const float* source, DType type, void* target, int64_t count);
 };

@@ -1,72 +1,53 @@
-// Direct convolution and weight gradient for few channels, where Eigen's blocks are mostly padding: the layers at full
-// resolution, whose weights stay in cache. A block of pixels times a block of channels accumulates in registers; NHWC
-// makes each step one load of weights (or of dz), and one broadcast of x a pixel. Nothing is packed or copied.
-#include <unistd.h>
-
+// Direct convolution and weight gradient. A block of pixels times a block of channels accumulates in registers; NHWC
+// makes each step one load of weights (or of dz), and one broadcast of x a pixel. With few channels nothing is packed
+// or copied; with many, weights (or x and dz) are packed so that what is read together lies together.
 #include <algorithm>
+#include <array>
 #include <cstring>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "conv/cpu/buffers.h"
 #include "conv/cpu/primitives.h"
+#include "conv/cpu/vector.h"
 
 namespace unet_fast::cpu::UNET_FAST_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kRegisters = 32, kWidest = 16;
-#elif defined(__AVX2__)
-constexpr int kRegisters = 16, kWidest = 8;
-#else
-constexpr int kRegisters = 16, kWidest = 4;
-#endif
-
-template <int W>
-struct Vector {
-  typedef float Type __attribute__((vector_size(W * sizeof(float))));
-};
-template <int W>
-typename Vector<W>::Type Load(const float* p) {
-  typename Vector<W>::Type v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-template <int W>
-void Store(float* p, typename Vector<W>::Type v) {
-  std::memcpy(p, &v, sizeof(v));
-}
-
-// y[j .. j + P) of one output row, channels [first, first + NV * W). Ci: the channels of each input where the compiler
-// may know them, which turns the addresses of P pixels into constants; else 0. Edge: some taps of some pixels may lie
-// outside the image, where `zeros` takes their place. One function, so that `acc` stays in registers throughout.
-template <int W, int NV, int P, int Ci, bool Edge>
-void Pixels(const ConvArgs& a, int64_t n, int64_t i, int64_t j, int64_t first, const float* zeros) {
+// y[j .. j + P) of one output row, channels [0, NV * W). Step: floats from an input pixel to the next output pixel's,
+// where the compiler is to know it, else 0. Edge: some taps of some pixels may lie left or right of the image, where
+// `zeros` takes their place. One function, so that `acc` stays in registers throughout.
+template <int W, int NV, int P, int Step, bool Edge>
+void Pixels(const ConvArgs& a, int64_t n, int64_t i, int64_t j, const float* zeros) {
+  constexpr int kHalf = (P + 1) / 2;  // pixels that share a base: P addresses would not fit the general registers
   const typename Vector<W>::Type zero = {};
   typename Vector<W>::Type acc[P][NV];
   for (int v = 0; v < NV; ++v) {
-    const auto b = a.bias != nullptr ? Load<W>(a.bias + first + v * W) : zero;
+    const auto b = a.bias != nullptr ? Load<W>(a.bias + v * W) : zero;
     for (int p = 0; p < P; ++p) acc[p][v] = b;
   }
-  const int64_t channels = a.x[0].c + a.x[1].c, left = j - a.pad_left, inputs = a.x[1].c > 0 ? 2 : 1;
+  const int64_t channels = a.x[0].c + a.x[1].c, left = j * a.stride - a.pad_left, inputs = a.x[1].c > 0 ? 2 : 1;
   for (int64_t t = 0; t < inputs * a.kh; ++t) {
     const View<const float>& in = a.x[t / a.kh];
-    const int64_t ci = Ci > 0 ? Ci : in.c, pixel = Ci > 0 ? Ci : in.pixel, r = t % a.kh, row = i + r - a.pad_top;
+    const int64_t step = Step > 0 ? Step : a.stride * in.pixel, r = t % a.kh, row = i * a.stride + r - a.pad_top;
     if (row < 0 || row >= in.h) continue;
-    for (int64_t s = 0; s < a.kw; ++s) {
-      const float* x = in.At(n, row, left + s);
-      const float* at[P];
+    int64_t offset[kHalf];
+    for (int p = 0; p < kHalf; ++p) offset[p] = p * step;
+    const float* tap = in.At(n, row, left);
+    const float* kernel = a.kernel + (r * a.kw * channels + t / a.kh * a.x[0].c) * a.filters;
+    for (int64_t s = 0; s < a.kw; ++s, tap += in.pixel, kernel += channels * a.filters) {
+      const float *x = tap, *x2 = tap + kHalf * step, *k = kernel, *at[P];
       if constexpr (Edge) {
         for (int p = 0; p < P; ++p) {
-          const int64_t column = left + s + p;
-          at[p] = column >= 0 && column < in.w ? x + p * pixel : zeros;
+          const int64_t column = left + s + p * a.stride;
+          at[p] = column >= 0 && column < in.w ? x + p * step : zeros;
         }
       }
-      const float* k = a.kernel + ((r * a.kw + s) * channels + t / a.kh * a.x[0].c) * a.filters + first;
-      for (int64_t c = 0; c < ci; ++c, k += a.filters) {
+      for (int64_t c = 0; c < in.c; ++c, k += a.filters, ++x, ++x2) {
         typename Vector<W>::Type weights[NV];
         for (int v = 0; v < NV; ++v) weights[v] = Load<W>(k + v * W);
         for (int p = 0; p < P; ++p) {
-          const float value = Edge ? at[p][c] : x[p * pixel + c];
+          const float value = Edge ? at[p][c] : p < kHalf ? x[offset[p]] : x2[offset[p - kHalf]];
           for (int v = 0; v < NV; ++v) acc[p][v] += value * weights[v];
         }
       }
@@ -76,61 +57,55 @@ void Pixels(const ConvArgs& a, int64_t n, int64_t i, int64_t j, int64_t first, c
     for (int v = 0; v < NV; ++v) {
       typename Vector<W>::Type value = acc[p][v];
       if (a.relu) value = value < zero ? zero : value;  // keeps NaN
-      if (a.mask.data != nullptr) value = Load<W>(a.mask.At(n, i, j + p) + first + v * W) > zero ? value : zero;
-      Store<W>(a.y.At(n, i, j + p) + first + v * W, value);
+      if (a.mask.data != nullptr) value = Load<W>(a.mask.At(n, i, j + p) + v * W) > zero ? value : zero;
+      Store<W>(a.y.At(n, i, j + p) + v * W, value);
     }
   }
 }
 
-template <int W, int NV, int Ci>
-void Row(const ConvArgs& a, int64_t n, int64_t i, int64_t first, const float* zeros) {
-  constexpr int P = NV == 1 ? kRegisters / 2 - 2 : (kRegisters - NV - 1) / NV;
-  const auto block = [&](int64_t j, auto size) {
-    constexpr int Size = decltype(size)::value;
-    const bool inside = j >= a.pad_left && j + Size + a.kw - 1 - a.pad_left <= a.x[0].w;
-    inside ? Pixels<W, NV, Size, Ci, false>(a, n, i, j, first, zeros)
-           : Pixels<W, NV, Size, 0, true>(a, n, i, j, first, zeros);
-  };
-  if (a.y.w < P) {
-    for (int64_t j = 0; j < a.y.w; ++j) block(j, std::integral_constant<int, 1>());
-    return;
-  }
-  for (int64_t j = 0; j < a.y.w; j += P) {
-    // The last block overlaps the one before and repeats its values.
-    block(std::min(j, a.y.w - P), std::integral_constant<int, P>());
-  }
+using Block = void (*)(const ConvArgs&, int64_t n, int64_t i, int64_t j, const float* zeros);
+template <int W, int NV, int Step, bool Edge, int... P>
+constexpr std::array<Block, sizeof...(P)> Blocks(std::integer_sequence<int, P...>) {
+  return {Pixels<W, NV, P + 1, Step, Edge>...};
 }
 
-template <int W, int Ci>
-void OutputRowOf(const ConvArgs& a, int64_t n, int64_t i, const float* zeros) {
-  int64_t first = 0;
-  if constexpr (kRegisters == 32) {
-    for (; first + 4 * W <= a.y.c; first += 4 * W) Row<W, 4, Ci>(a, n, i, first, zeros);
+// Output rows [begin, end), counted through the images, in blocks of nearly equal size: none is mostly empty.
+template <int W, int NV, int Step>
+void Rows(const ConvArgs& a, int64_t begin, int64_t end, const float* zeros) {
+  constexpr int P = NV == 1 ? kRegisters / 2 - 2 : (kRegisters - NV - 1) / NV;  // leaves registers for the weights
+  static constexpr auto kInner = Blocks<W, NV, Step, false>(std::make_integer_sequence<int, P>());
+  static constexpr auto kEdge = Blocks<W, NV, 0, true>(std::make_integer_sequence<int, P>());
+  const int64_t blocks = (a.y.w + P - 1) / P;
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t b = 0, j = 0; b < blocks; ++b) {
+      const int64_t next = a.y.w * (b + 1) / blocks;
+      const bool inside = j * a.stride >= a.pad_left && (next - 1) * a.stride + a.kw - a.pad_left <= a.x[0].w;
+      (inside ? kInner : kEdge)[next - j - 1](a, row / a.y.h, row % a.y.h, j, zeros);
+      j = next;
+    }
   }
-  for (; first + 2 * W <= a.y.c; first += 2 * W) Row<W, 2, Ci>(a, n, i, first, zeros);
-  for (; first + W <= a.y.c; first += W) Row<W, 1, Ci>(a, n, i, first, zeros);
 }
 
 template <int W>
-void OutputRow(const ConvArgs& a, int64_t n, int64_t i, const float* zeros) {
-  const auto known = [&](int64_t ci) {
-    return a.x[0].c == ci && a.x[0].pixel == ci && (a.x[1].c == 0 || (a.x[1].c == ci && a.x[1].pixel == ci));
-  };
-  if (known(16)) return OutputRowOf<W, 16>(a, n, i, zeros);
-  if (known(32)) return OutputRowOf<W, 32>(a, n, i, zeros);
-  if (known(64)) return OutputRowOf<W, 64>(a, n, i, zeros);
-  OutputRowOf<W, 0>(a, n, i, zeros);
+void Rows(const ConvArgs& a, int64_t begin, int64_t end, const float* zeros) {
+  if constexpr (kRegisters == 32) {
+    if (a.y.c == 4 * W) return Rows<W, 4, 0>(a, begin, end, zeros);
+  }
+  if (a.y.c == 2 * W) return Rows<W, 2, 0>(a, begin, end, zeros);
+  const auto step = [&](const View<const float>& x) { return a.stride * x.pixel; };
+  const bool known = step(a.x[0]) == W && (a.x[1].c == 0 || step(a.x[1]) == W);
+  known ? Rows<W, 1, W>(a, begin, end, zeros) : Rows<W, 1, 0>(a, begin, end, zeros);
 }
 
-// dkernel[c .. c + C)[first .. first + NV * W) += sum over `count` points of x[c] * dz[first].
+// dkernel[0 .. C)[0 .. NV * W) += sum over `count` points of x[0 .. C) outer dz; rows of dkernel are co floats apart.
 template <int W, int NV, int C>
-void Outer(const WgradArgs& a, const float* x, const float* dz, int64_t count, float* dkernel) {
-  const int64_t co = a.dz.c;
+void Outer(const float* x, int64_t x_pixel, const float* dz, int64_t dz_pixel, int64_t count, float* dkernel,
+           int64_t co) {
   typename Vector<W>::Type acc[C][NV];
   for (int c = 0; c < C; ++c) {
     for (int v = 0; v < NV; ++v) acc[c][v] = Load<W>(dkernel + c * co + v * W);
   }
-  for (int64_t j = 0; j < count; ++j, x += a.x.pixel, dz += a.dz.pixel) {
+  for (int64_t j = 0; j < count; ++j, x += x_pixel, dz += dz_pixel) {
     typename Vector<W>::Type d[NV];
     for (int v = 0; v < NV; ++v) d[v] = Load<W>(dz + v * W);
     for (int c = 0; c < C; ++c) {
@@ -142,73 +117,228 @@ void Outer(const WgradArgs& a, const float* x, const float* dz, int64_t count, f
   }
 }
 
+using OuterBlock = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
+template <int W, int NV, int... C>
+constexpr std::array<OuterBlock, sizeof...(C)> OuterBlocks(std::integer_sequence<int, C...>) {
+  return {Outer<W, NV, C + 1>...};
+}
+
+// Channels of x whose products one call of Outer accumulates.
+template <int NV>
+constexpr int kOuter = kRegisters == 32 ? 14 : 12 / NV / 2 * 2;
+
+// The same for `ci` channels of x, in blocks of nearly equal size.
 template <int W, int NV>
-void OuterAllInputs(const WgradArgs& a, const float* x, const float* dz, int64_t count, float* dkernel) {
-  constexpr int C = kRegisters == 32 ? 8 : 12 / NV / 2 * 2;
-  int64_t c = 0;
-  for (; c + C <= a.x.c; c += C) Outer<W, NV, C>(a, x + c, dz, count, dkernel + c * a.dz.c);
-  for (; c < a.x.c; ++c) Outer<W, NV, 1>(a, x + c, dz, count, dkernel + c * a.dz.c);
-}
-
-template <int W>
-void OuterAllChannels(const WgradArgs& a, const float* x, const float* dz, int64_t count, float* dkernel) {
-  int64_t first = 0;
-  for (; first + 2 * W <= a.dz.c; first += 2 * W) OuterAllInputs<W, 2>(a, x, dz + first, count, dkernel + first);
-  for (; first + W <= a.dz.c; first += W) OuterAllInputs<W, 1>(a, x, dz + first, count, dkernel + first);
-}
-
-// The widest vector that divides the channels; 0 where none does.
-int Width(int64_t channels) {
-  for (int w = kWidest; w >= 4; w /= 2) {
-    if (channels % w == 0) return w;
+void OuterInputs(const float* x, int64_t x_pixel, int64_t ci, const float* dz, int64_t dz_pixel, int64_t count,
+                 float* dkernel, int64_t co) {
+  constexpr int C = kOuter<NV>;
+  static constexpr auto kBlocks = OuterBlocks<W, NV>(std::make_integer_sequence<int, C>());
+  const int64_t blocks = (ci + C - 1) / C;
+  for (int64_t b = 0, c = 0; b < blocks; ++b) {
+    const int64_t next = ci * (b + 1) / blocks;
+    kBlocks[next - c - 1](x + c, x_pixel, dz, dz_pixel, count, dkernel + c * co, co);
+    c = next;
   }
-  return 0;
 }
+
+// And for all channels of dz.
+template <int W>
+void OuterChannels(const WgradArgs& a, const float* x, const float* dz, int64_t count, float* dkernel) {
+  const int64_t co = a.dz.c;
+  int64_t d = 0;
+  for (; d + 2 * W <= co; d += 2 * W) {
+    OuterInputs<W, 2>(x, a.x.pixel, a.x.c, dz + d, a.dz.pixel, count, dkernel + d, co);
+  }
+  for (; d < co; d += W) OuterInputs<W, 1>(x, a.x.pixel, a.x.c, dz + d, a.dz.pixel, count, dkernel + d, co);
+}
+
+// Points of dz, and of x as each tap of a kernel row sees it, gathered until there are enough of them to be worth a
+// pass over dkernel: with many channels the pixels of an image are too far apart for the first-level cache, and a small
+// image's rows too short. As panels side by side, each of some channels and all points.
+template <int W>
+class Panels {
+ public:
+  // For `channels` channels of x from `first` on; dkernel is that of the kernel row.
+  Panels(const WgradArgs& a, int64_t first, int64_t channels, float* dkernel)
+      : a_(a), first_(first), channels_(channels), dkernel_(dkernel), dz_(kPoints * Padded(a.dz.c, kDz)) {
+    for (int64_t s = 0; s < a.kw; ++s) x_.emplace_back(kPoints * Padded(channels, kX));
+  }
+  // Row i of dz, which sees row `source` of x.
+  void Add(int64_t n, int64_t i, int64_t source) {
+    for (int64_t j = 0; j < a_.dz.w;) {
+      const int64_t count = std::min(a_.dz.w - j, kPoints - points_);
+      Copy<kDz>(a_.dz, n, i, j, count, 0, a_.dz.c, dz_.get());
+      for (int64_t s = 0; s < a_.kw; ++s)
+        Copy<kX>(a_.x, n, source, j + s - a_.pad, count, first_, channels_, x_[s].get());
+      points_ += count, j += count;
+      if (points_ == kPoints) Flush();
+    }
+  }
+  void Flush() {
+    const int64_t co = a_.dz.c;
+    for (int64_t d = 0; d < co; d += kDz) {
+      const float* dz = dz_.get() + d * kPoints;
+      const auto outer = co - d >= kDz ? OuterInputs<W, 2> : OuterInputs<W, 1>;
+      for (int64_t s = 0; s < a_.kw; ++s) {
+        for (int64_t c = 0; c < channels_; c += kX) {
+          float* target = dkernel_ + (s * a_.channels + first_ + c) * co + d;
+          outer(x_[s].get() + c * kPoints, kX, std::min(kX, channels_ - c), dz, kDz, points_, target, co);
+        }
+      }
+    }
+    points_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kPoints = 128, kX = kWgradChannels, kDz = 2 * W;
+  static int64_t Padded(int64_t channels, int64_t to) { return (channels + to - 1) / to * to; }
+  // Appends the columns [left, left + count) of a row, zeros where there are none.
+  template <int64_t Width>
+  void Copy(const View<const float>& v, int64_t n, int64_t i, int64_t left, int64_t count, int64_t first,
+            int64_t channels, float* panels) {
+    for (int64_t j = 0; j < count; ++j) {
+      const bool inside = left + j >= 0 && left + j < v.w;
+      const float* source = inside ? v.At(n, i, left + j) + first : nullptr;
+      float* target = panels + (points_ + j) * Width;
+      for (int64_t c = 0; c < channels; c += Width, target += kPoints * Width) {
+        const int64_t width = std::min(Width, channels - c);
+        if (!inside) {
+          std::fill_n(target, width, 0.0f);
+        } else if (width == Width) {
+          std::memcpy(target, source + c, Width * sizeof(float));
+        } else {
+          std::copy_n(source + c, width, target);
+        }
+      }
+    }
+  }
+  const WgradArgs& a_;
+  const int64_t first_, channels_;
+  float* const dkernel_;
+  Buffer dz_;
+  std::vector<Buffer> x_;
+  int64_t points_ = 0;
+};
+
 constexpr int kNarrowest = kWidest < 8 ? kWidest : 8;  // narrower vectors are slower than Eigen
 
 }  // namespace
 
 bool DirectConvServes(const ConvArgs& a) {
-  // Weights stay in the second-level cache of a core, with room for rows of x and y. Measured with 2 MiB of it: 256 x
-  // 128 channels are faster here than in Eigen, 256 x 256 half as fast. With 16 registers Eigen wins from 64 x 64 on.
-  static const int64_t l2_bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 << 10);
-  static const int64_t weight_floats = kRegisters == 32 ? l2_bytes * 5 / 8 / 4 : 9 * 32 * 32;
-  return a.stride == 1 && Width(a.y.c) >= kNarrowest && a.kh * a.kw * (a.x[0].c + a.x[1].c) * a.y.c <= weight_floats;
+  // With 16 registers Eigen wins from 64 x 64 channels on.
+  const bool small = a.kh * a.kw * (a.x[0].c + a.x[1].c) * a.y.c <= 9 * 32 * 32;
+  return a.y.c <= kWidest || (Width(a.y.c) >= kNarrowest && (kRegisters == 32 || small));
 }
 
-void DirectConv(ThreadPool& pool, const ConvArgs& a) {
-  const int64_t rows = a.n * a.y.h;
-  constexpr int64_t kRows = 4;
-  const std::vector<float> zeros(std::max(a.x[0].c, a.x[1].c), 0.0f);
-  ParallelFor(pool, (rows + kRows - 1) / kRows, [&](int64_t task) {
-    for (int64_t row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) {
-      const int64_t n = row / a.y.h, i = row % a.y.h;
-      switch (Width(a.y.c)) {
-        case 4:
-          OutputRow<4>(a, n, i, zeros.data());
-          break;
-        case 8:
-          if constexpr (kWidest >= 8) OutputRow<8>(a, n, i, zeros.data());
-          break;
-        default:
-          if constexpr (kWidest >= 16) OutputRow<16>(a, n, i, zeros.data());
+namespace {
+
+// For fewer channels than a vector has, or a number that no vector divides: with a kernel padded by zero channels, row
+// by row.
+template <int W>
+void PaddedConv(ThreadPool& pool, const ConvArgs& a, const float* zeros) {
+  const int64_t taps = a.kh * a.kw * (a.x[0].c + a.x[1].c), c = a.y.c;
+  Buffer kernel(taps * W);
+  for (int64_t t = 0; t < taps; ++t) {
+    std::fill_n(std::copy_n(a.kernel + t * a.filters, c, kernel.get() + t * W), W - c, 0.0f);
+  }
+  float bias[W] = {};
+  if (a.bias != nullptr) std::copy_n(a.bias, c, bias);
+  ParallelFor(pool, a.n * a.y.h, [&](int64_t row) {
+    Buffer y(a.y.w * W);
+    ConvArgs b = a;
+    b.kernel = kernel.get(), b.filters = W, b.bias = bias, b.mask = {};
+    b.y = View<float>{y.get(), a.y.h, a.y.w, W, W, 0, 0};
+    Rows<W>(b, row, row + 1, zeros);
+    const int64_t n = row / a.y.h, i = row % a.y.h;
+    for (int64_t j = 0; j < a.y.w; ++j) {
+      const float* m = a.mask.data != nullptr ? a.mask.At(n, i, j) : nullptr;
+      for (int64_t k = 0; k < c; ++k) {
+        const float value = y.get()[j * W + k];
+        a.y.At(n, i, j)[k] = m == nullptr || m[k] > 0.0f ? value : 0.0f;
       }
     }
   });
 }
 
-bool DirectWgradServes(const WgradArgs& a) {
-  constexpr int64_t kTileFloats = 64 * 64;  // one tap's gradient stays in the first-level cache
-  return Width(a.dz.c) >= kNarrowest && a.x.c * a.dz.c <= kTileFloats;
+}  // namespace
+
+void DirectConv(ThreadPool& pool, const ConvArgs& a) {
+  const std::vector<float> zeros(std::max(a.x[0].c, a.x[1].c), 0.0f);
+  if (Width(a.y.c) < kNarrowest) {
+    if (a.y.c <= 4) return PaddedConv<4>(pool, a, zeros.data());
+    if constexpr (kWidest >= 8) {
+      if (a.y.c <= 8) return PaddedConv<8>(pool, a, zeros.data());
+    }
+    if constexpr (kWidest >= 16) PaddedConv<16>(pool, a, zeros.data());
+    return;
+  }
+  constexpr int64_t kRows = 4, kPackAbove = 128;
+  constexpr int64_t kWeightBytes = 1400000;
+  const int64_t rows = a.n * a.y.h, groups = (rows + kRows - 1) / kRows, w = Width(a.y.c);
+  const int64_t taps = a.kh * a.kw * (a.x[0].c + a.x[1].c);
+  // Blocks of output channels: the weights of one stay in the second-level cache from group to group of rows.
+  std::vector<ConvArgs> blocks;
+  for (int64_t first = 0; first < a.y.c;) {
+    int64_t count = w * (kRegisters == 32 && taps * 4 * w * 4 <= kWeightBytes ? 4 : 2);
+    while (first + count > a.y.c) count /= 2;
+    ConvArgs b = a;
+    b.kernel += first, b.y.data += first, b.y.c = count;
+    if (a.bias != nullptr) b.bias += first;
+    if (a.mask.data != nullptr) b.mask.data += first;
+    blocks.push_back(b);
+    first += count;
+  }
+  // Rows of a wide kernel are too far apart for the caches, which would find place for few of them.
+  Buffer packed;
+  if (a.filters > kPackAbove) {
+    packed = Buffer(taps * a.y.c);
+    constexpr int64_t kTaps = 256;
+    const int64_t strips = (taps + kTaps - 1) / kTaps;
+    ParallelFor(pool, strips * blocks.size(), [&](int64_t task) {
+      const ConvArgs& b = blocks[task / strips];
+      float* target = packed.get() + (b.kernel - a.kernel) * taps;
+      for (int64_t t = task % strips * kTaps; t < std::min(taps, (task % strips + 1) * kTaps); ++t) {
+        std::memcpy(target + t * b.y.c, b.kernel + t * a.filters, b.y.c * sizeof(float));
+      }
+    });
+    for (ConvArgs& b : blocks) b.kernel = packed.get() + (b.kernel - a.kernel) * taps, b.filters = b.y.c;
+  }
+  ParallelFor(pool, groups * blocks.size(), [&](int64_t task) {
+    const ConvArgs& b = blocks[task / groups];
+    const int64_t begin = task % groups * kRows, end = std::min(rows, begin + kRows);
+    switch (w) {
+      case 4:
+        return Rows<4>(b, begin, end, zeros.data());
+      case 8:
+        if constexpr (kWidest >= 8) Rows<8>(b, begin, end, zeros.data());
+        return;
+      default:
+        if constexpr (kWidest >= 16) Rows<16>(b, begin, end, zeros.data());
+    }
+  });
 }
 
-void DirectWgrad(ThreadPool& pool, const WgradArgs& a) {
-  constexpr int64_t kStrip = 64;  // points whose x and dz stay in the first-level cache while all taps read them
+bool DirectWgradServes(const WgradArgs& a) {
+  return Width(a.dz.c) >= kNarrowest && (kRegisters == 32 || a.x.c * a.dz.c <= kNarrowWgrad);
+}
+
+namespace {
+
+// Zeroes a kernel row's gradient of x's channels [first, first + count).
+void ZeroTaps(const WgradArgs& a, int64_t first, int64_t count, float* dkernel) {
+  for (int64_t s = 0; s < a.kw; ++s) std::fill_n(dkernel + (s * a.channels + first) * a.dz.c, count * a.dz.c, 0.0f);
+}
+
+// One tap's gradient stays in the first-level cache: all taps of a kernel row read a strip of points while it is there.
+template <int W>
+void NarrowWgrad(ThreadPool& pool, const WgradArgs& a) {
+  constexpr int64_t kStrip = 64;
   const int64_t all_rows = a.n * a.dz.h;
   ParallelFor(pool, a.slabs * a.kh, [&](int64_t task) {
     const int64_t slab = task / a.kh, r = task % a.kh;
     float* dkernel = a.dkernel + slab * a.slab_stride + r * a.kw * a.channels * a.dz.c;
-    for (int64_t row = all_rows * slab / a.slabs; row < all_rows * (slab + 1) / a.slabs; ++row) {
+    if (!a.add) ZeroTaps(a, 0, a.x.c, dkernel);
+    for (int64_t row = SlabBegin(all_rows, slab, a.slabs); row < SlabBegin(all_rows, slab + 1, a.slabs); ++row) {
       const int64_t n = row / a.dz.h, i = row % a.dz.h, source = i + r - a.pad;
       if (source < 0 || source >= a.x.h) continue;
       for (int64_t strip = 0; strip < a.dz.w; strip += kStrip) {
@@ -217,60 +347,48 @@ void DirectWgrad(ThreadPool& pool, const WgradArgs& a) {
           const int64_t begin = std::max(strip, a.pad - s);
           const int64_t end = std::min({strip + kStrip, a.dz.w, a.x.w + a.pad - s});
           if (begin >= end) continue;
-          const float* x = a.x.At(n, source, begin + s - a.pad);
-          const float* dz = a.dz.At(n, i, begin);
-          float* tap = dkernel + s * a.channels * a.dz.c;
-          switch (Width(a.dz.c)) {
-            case 4:
-              OuterAllChannels<4>(a, x, dz, end - begin, tap);
-              break;
-            case 8:
-              if constexpr (kWidest >= 8) OuterAllChannels<8>(a, x, dz, end - begin, tap);
-              break;
-            default:
-              if constexpr (kWidest >= 16) OuterAllChannels<16>(a, x, dz, end - begin, tap);
-          }
+          OuterChannels<W>(a, a.x.At(n, source, begin + s - a.pad), a.dz.At(n, i, begin), end - begin,
+                           dkernel + s * a.channels * a.dz.c);
         }
       }
     }
   });
 }
 
-namespace {
+// A task is a kernel row and some channels of x.
+template <int W>
+void WideWgrad(ThreadPool& pool, const WgradArgs& a) {
+  const int64_t all_rows = a.n * a.dz.h, parts = (a.x.c + kWgradChannels - 1) / kWgradChannels;
+  ParallelFor(pool, a.slabs * a.kh * parts, [&](int64_t task) {
+    const int64_t slab = task / (a.kh * parts), r = task / parts % a.kh, part = task % parts;
+    const int64_t first = a.x.c * part / parts, channels = a.x.c * (part + 1) / parts - first;
+    float* dkernel = a.dkernel + slab * a.slab_stride + r * a.kw * a.channels * a.dz.c;
+    if (!a.add) ZeroTaps(a, first, channels, dkernel);
+    Panels<W> panels(a, first, channels, dkernel);
+    for (int64_t row = SlabBegin(all_rows, slab, a.slabs); row < SlabBegin(all_rows, slab + 1, a.slabs); ++row) {
+      const int64_t i = row % a.dz.h, source = i + r - a.pad;
+      if (source >= 0 && source < a.x.h) panels.Add(row / a.dz.h, i, source);
+    }
+    panels.Flush();
+  });
+}
 
 template <int W>
-void AddUnpooledPixels(const float* y0, const float* y1, const float* dpooled, int64_t cols, int64_t c, float* dz0,
-                       float* dz1) {
-  using V = typename Vector<W>::Type;
-  const V zero = {};
-  const auto add = [&](float* p, V v) { Store<W>(p, Load<W>(p) + v); };
-  for (int64_t j = 0; j < cols; ++j, y0 += 2 * c, y1 += 2 * c, dz0 += 2 * c, dz1 += 2 * c, dpooled += c) {
-    for (int64_t k = 0; k < c; k += W) {
-      const V a = Load<W>(y0 + k), b = Load<W>(y0 + c + k), e = Load<W>(y1 + k), f = Load<W>(y1 + c + k);
-      const V top = b > a ? b : a, bottom = f > e ? f : e, d = Load<W>(dpooled + k);
-      const V high = bottom > top ? zero : d, low = bottom > top ? d : zero;
-      add(dz0 + k, b > a ? zero : high);
-      add(dz0 + c + k, b > a ? high : zero);
-      add(dz1 + k, f > e ? zero : low);
-      add(dz1 + c + k, f > e ? low : zero);
-    }
-  }
+void Wgrad(ThreadPool& pool, const WgradArgs& a) {
+  a.x.c* a.dz.c <= kNarrowWgrad ? NarrowWgrad<W>(pool, a) : WideWgrad<W>(pool, a);
 }
 
 }  // namespace
 
-void AddUnpooled(const float* y0, const float* y1, const float* dpooled, int64_t cols, int64_t c, float* dz0,
-                 float* dz1) {
-  switch (Width(c)) {
-    case 0:
-      return AddUnpooledPixels<1>(y0, y1, dpooled, cols, c, dz0, dz1);
+void DirectWgrad(ThreadPool& pool, const WgradArgs& a) {
+  switch (Width(a.dz.c)) {
     case 4:
-      return AddUnpooledPixels<4>(y0, y1, dpooled, cols, c, dz0, dz1);
+      return Wgrad<4>(pool, a);
     case 8:
-      if constexpr (kWidest >= 8) return AddUnpooledPixels<8>(y0, y1, dpooled, cols, c, dz0, dz1);
-      break;
+      if constexpr (kWidest >= 8) Wgrad<8>(pool, a);
+      return;
     default:
-      if constexpr (kWidest >= 16) return AddUnpooledPixels<16>(y0, y1, dpooled, cols, c, dz0, dz1);
+      if constexpr (kWidest >= 16) Wgrad<16>(pool, a);
   }
 }
 

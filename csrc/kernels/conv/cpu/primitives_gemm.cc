@@ -46,6 +46,7 @@ void EigenWgrad(ThreadPool& pool, const WgradArgs& a) {
     const int64_t m0 = task % filter_tiles * kTileFilters, n0 = task / filter_tiles % tap_tiles * kTileTaps;
     const int64_t m = std::min(kTileFilters, co - m0), n = std::min(kTileTaps, taps - n0);
     Matrix dkernel(a.dkernel + slab * a.slab_stride + (r * taps + n0) * co + m0, m, n, OuterStride<>(co));
+    if (!a.add) dkernel.setZero();
     int64_t row = all_rows * slab / a.slabs;
     const int64_t end = all_rows * (slab + 1) / a.slabs;
     while (row < end) {  // one product an image

@@ -1,0 +1,58 @@
+"""The build's variables, as far as CMake's configuration goes; needs what a build needs."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def _configure(folder, *options, **variables):
+    """CMake's return code and everything it says, on one line."""
+    cmake = pytest.importorskip("cmake")
+    pytest.importorskip("pybind11")
+    unset = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CMAKE_CUDA_ARCHITECTURES", "UNET_FAST_CUDA_ARCHS", "CUDAARCHS")
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | variables
+    command = [pathlib.Path(cmake.CMAKE_BIN_DIR) / "cmake", "-S", ROOT, "-B", folder, *options]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DUNET_FAST_OUTPUT_DIR={folder}"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return run.returncode, re.sub(r"\s+", " ", run.stdout + run.stderr)
+
+
+def test_cuda_is_switched_off(tmp_path):
+    code, output = _configure(tmp_path, "-DUNET_FAST_CUDA=OFF")
+    assert code == 0, output
+    assert "CUDA off: UNET_FAST_CUDA=0" in output
+
+
+def test_a_cuda_compiler_that_does_not_work_stops_the_build(tmp_path):
+    code, output = _configure(tmp_path, CUDACXX="/nonexistent/nvcc")
+    assert code != 0
+    assert "CUDACXX is /nonexistent/nvcc, which is no working CUDA compiler" in output
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
+@pytest.mark.parametrize(
+    ("variables", "architectures"),
+    [
+        ({"UNET_FAST_CUDA_ARCHS": "80,86"}, "80;86"),
+        ({"UNET_FAST_CUDA_ARCHS": "75", "CMAKE_CUDA_ARCHITECTURES": "80;90a"}, "80;90a"),
+    ],
+    ids=["comma", "cmake"],
+)
+def test_the_cuda_compiler_and_architectures_are_those_asked_for(tmp_path, variables, architectures):
+    """A toolkit named by CUDA_HOME goes before PATH's nvcc."""
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\nexec {NVCC} "$@"\n')
+    nvcc.chmod(0o755)
+    code, output = _configure(tmp_path / "build", CUDA_HOME=str(toolkit), **variables)
+    assert code == 0, output
+    assert re.search(rf"CUDA on: {re.escape(str(nvcc))} \S+, architectures {architectures} ", output), output
