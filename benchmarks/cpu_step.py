@@ -1,11 +1,11 @@
 """Training step and prediction on the CPU: FusedUNet on the fused ops against its stock Keras twin.
 
-    python benchmarks/cpu_step.py [--json FILE] [--steps 5] [--rounds 2] [--case NAME ...]
+    python benchmarks/cpu_step.py [--json FILE] [--steps 10] [--case NAME ...]
 
-Every system runs in a process of its own, so that its peak memory is its own, and the systems take turns, so that a slow
-minute of the machine hits all of them. Figures are medians over all timed steps; the ratio is the stock twin's time over
-ours, so above 1 ours is the faster. Data are random and new in every step; the first steps (tracing, compilation) count
-in `first_step_s` only.
+Every system runs in a process of its own, so that its peak memory is its own. The twins of a mode run at the same time
+and take turns step by step, one waiting while the other works, so that a slow moment of the machine hits both: `ms` is
+the median of the timed steps, the ratio the median of a turn's ratios, the stock twin's time over ours; above 1 ours is
+the faster. Data are random and new in every step; the first steps (tracing, compilation) count in `first_step_s` only.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 CASES = {  # the reference net, and what a small machine would rather train
@@ -25,10 +26,11 @@ CASES = {  # the reference net, and what a small machine would rather train
 }
 MODES = ("graph", "xla")
 BACKENDS = ("stock", "fused")
+PHASES = ("train", "infer")
 
 
-def worker(case, backend, mode, steps):
-    """Times one system; prints a JSON line."""
+def worker(case, backend, mode):
+    """Runs a step for every phase named on a line of its input; answers with a JSON line."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["UNET_FAST_REQUIRE_KERNELS"] = "1"
     import keras
@@ -41,54 +43,75 @@ def worker(case, backend, mode, steps):
     model = FusedUNet(shape, filters=case["filters"], padding=case["padding"], backend=backend)
     model.compile(keras.optimizers.Adam(1e-4), losses.DiceCrossEntropy(backend=backend), jit_compile=mode == "xla")
     generator = np.random.default_rng(0)
-    seconds = {"train": [], "infer": []}
-    for _ in range(steps + 2):
+    for line in sys.stdin:
         x = generator.normal(size=(case["batch"], *shape)).astype("float32")
         y = generator.integers(0, 2, (case["batch"], *model.output_shape[1:3])).astype("int32")
         start = time.perf_counter()
-        model.train_on_batch(x, y)
-        seconds["train"].append(time.perf_counter() - start)
-    for _ in range(steps + 2):
-        x = generator.normal(size=(case["batch"], *shape)).astype("float32")
-        start = time.perf_counter()
-        model.predict_on_batch(x)
-        seconds["infer"].append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    timed = {phase: values[2:] for phase, values in seconds.items()}
-    print(json.dumps({"seconds": timed, "first_step_s": seconds["train"][0], "peak_mib": peak}))
+        if line.strip() == "train":
+            model.train_on_batch(x, y)
+        else:
+            model.predict_on_batch(x)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "peak_mib": peak}), flush=True)
 
 
-def measure(name, steps, rounds):
+class System:
+    """A worker process."""
+
+    def __init__(self, name, backend, mode):
+        self.label = f"{name}, {backend}, {mode}"
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads could fill)
+        command = [sys.executable, __file__, "--worker", name, backend, mode]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+
+    def step(self, phase):
+        """What the worker says of one step."""
+        try:
+            self.process.stdin.write(f"{phase}\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            self.close()
+            self.errors.seek(0)
+            sys.exit(f"{self.label} failed:\n{self.errors.read()[-2000:]}")
+
+    def close(self):
+        self.process.communicate()
+
+
+def measure(name, steps):
     """Rows of one case: a system and a phase each."""
-    collected = {}
-    for _ in range(rounds):
-        for mode in MODES:
+    rows = {}
+    for mode in MODES:
+        systems = {backend: System(name, backend, mode) for backend in BACKENDS}
+        first = {backend: system.step("train")["seconds"] for backend, system in systems.items()}
+        peak = {}
+        for phase in PHASES:
+            seconds = {backend: [] for backend in BACKENDS}
+            for turn in range(-2, steps):
+                for backend, system in systems.items():
+                    answer = system.step(phase)
+                    peak[backend] = answer["peak_mib"]
+                    if turn >= 0:
+                        seconds[backend].append(answer["seconds"])
             for backend in BACKENDS:
-                command = [sys.executable, __file__, "--worker", name, backend, mode, "--steps", str(steps)]
-                output = subprocess.run(command, capture_output=True, text=True, check=False)
-                if output.returncode:
-                    sys.exit(f"{name}, {backend}, {mode} failed:\n{output.stderr[-2000:]}")
-                collected.setdefault((mode, backend), []).append(json.loads(output.stdout.splitlines()[-1]))
-    rows = []
-    for phase in ("train", "infer"):
-        for mode in MODES:
-            median = {}
-            for backend in BACKENDS:
-                runs = collected[mode, backend]
-                median[backend] = statistics.median(s for run in runs for s in run["seconds"][phase])
-                rows.append(
-                    {
-                        "case": name,
-                        "phase": phase,
-                        "mode": mode,
-                        "system": backend,
-                        "ms": round(1000 * median[backend], 1),
-                        "ratio": round(median["stock"] / median[backend], 3),
-                        "peak_mib": round(statistics.median(run["peak_mib"] for run in runs)),
-                        "first_step_s": round(statistics.median(run["first_step_s"] for run in runs), 1),
-                    }
-                )
-    return rows
+                ratios = [stock / own for stock, own in zip(seconds["stock"], seconds[backend], strict=True)]
+                rows[phase, mode, backend] = {
+                    "case": name,
+                    "phase": phase,
+                    "mode": mode,
+                    "system": backend,
+                    "ms": round(1000 * statistics.median(seconds[backend]), 1),
+                    "ratio": round(statistics.median(ratios), 3),
+                    "peak_mib": round(peak[backend]),
+                    "first_step_s": round(first[backend], 1),
+                }
+        for system in systems.values():
+            system.close()
+    return [rows[phase, mode, backend] for phase in PHASES for mode in MODES for backend in BACKENDS]
 
 
 def processor():
@@ -102,14 +125,13 @@ def processor():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows to FILE too")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps a round and phase (default 5)")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each system (default 2)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps a phase (default 10)")
     parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES), help="which cases (default all)")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         case, backend, mode = arguments.worker
-        return worker(CASES[case], backend, mode, arguments.steps)
+        return worker(CASES[case], backend, mode)
 
     from unet_fast import _native
 
@@ -117,7 +139,7 @@ def main():
     print(f"{processor()}, {len(os.sched_getaffinity(0))} cores, kernels {_native.cpu_isa()}")
     print(f"{'case':32} {'phase':6} {'mode':6} {'system':7} {'ms':>9} {'ratio':>6} {'peak MiB':>9} {'first s':>8}")
     for name in arguments.case:
-        for row in measure(name, arguments.steps, arguments.rounds):
+        for row in measure(name, arguments.steps):
             rows.append(row)
             print(
                 f"{row['case']:32} {row['phase']:6} {row['mode']:6} {row['system']:7} {row['ms']:9.1f} {row['ratio']:6.3f} "

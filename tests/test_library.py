@@ -92,3 +92,35 @@ def test_keras_on_another_backend_is_one_clear_line():
 def test_a_narrower_instruction_set_is_chosen_on_request():
     done = run("from unet_fast import _native; print(_native.cpu_isa())", UNET_FAST_CPU_ISA="baseline")
     assert done.stdout.strip() == "baseline", done.stderr
+
+
+def test_the_number_of_threads_changes_no_bit_on_a_cpu():
+    """Narrow and wide weight gradients, pool, skip, odd sizes, several images a chunk, transposed convolution."""
+    code = """
+        import hashlib, os
+        import tensorflow as tf
+        tf.config.threading.set_intra_op_parallelism_threads(int(os.environ["THREADS"]))
+        from unet_fast import ops
+
+        def normal(seed, *shape):
+            return tf.random.stateless_normal(shape, (seed, 0))
+
+        with tf.device("CPU"):
+            digest = hashlib.sha256()
+            for c, size in ((16, 37), (72, 19), (160, 9)):
+                x, skip, k1, k2, k3 = inputs = [
+                    normal(1, 3, size, size, c), normal(2, 3, size + 3, size + 2, c), normal(3, 3, 3, 2 * c, c),
+                    normal(4, 3, 3, c, c), normal(5, 3, 3, c, c)]
+                with tf.GradientTape() as tape:
+                    tape.watch(inputs)
+                    y = ops.conv2d_bias_relu(x, k1, tf.zeros(c), skip, padding="same")
+                    y, pooled = ops.conv2d_bias_relu(y, k2, tf.zeros(c), pool=True, input_is_relu=True)
+                    y = ops.conv2d_transpose_bias_relu(y, k3, tf.zeros(c))
+                    total = tf.reduce_mean(y * y) + tf.reduce_mean(pooled)
+                for value in tape.gradient(total, inputs + [y, pooled]):
+                    digest.update(value.numpy().tobytes())
+        print(digest.hexdigest())
+        """
+    outputs = [run(code, THREADS=threads) for threads in ("1", "2", "7")]
+    assert len(outputs[0].stdout.strip()) == 64, outputs[0].stderr
+    assert len({output.stdout for output in outputs}) == 1
