@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
+# For the GPU that is here alone, or one architecture where there is none: all of them (see docs/building.md) take minutes.
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+export UNET_FAST_CUDA_ARCHS ?= $(patsubst 90,90a,$(or $(GPU),90))
+
 .PHONY: help demo test lint format bench clean
 .DEFAULT_GOAL := help
 
