@@ -158,9 +158,10 @@ class Convolution(Layer):
         self.flops = 2 * kernel_size**2 * (channels + skip) * self.y.numel()
 
     def forward(self, choices):
+        space = self.workspace(native.conv2d_bias_relu_workspace_bytes(self.problem, choices))
         native.conv2d_bias_relu(
             torch.cuda.current_stream().cuda_stream, self.problem,
-            *self.addresses("x", "skip", "kernel", "bias", "y", "pooled"), 0, choices,
+            *self.addresses("x", "skip", "kernel", "bias", "y", "pooled"), space, choices,
         )  # fmt: skip
 
     def backward(self, choices, *, dx, fused):
@@ -208,8 +209,10 @@ class Transposed(Layer):
         self.flops = 2 * 9 * channels * filters * batch * side * side
 
     def forward(self, choices):
+        space = self.workspace(native.conv2d_transpose_bias_relu_workspace_bytes(self.problem, choices))
         native.conv2d_transpose_bias_relu(
-            torch.cuda.current_stream().cuda_stream, self.problem, *self.addresses("x", "kernel", "bias", "y"), 0, choices
+            torch.cuda.current_stream().cuda_stream, self.problem, *self.addresses("x", "kernel", "bias", "y"), space,
+            choices,
         )  # fmt: skip
 
     def backward(self, choices, *, dx, fused):

@@ -43,7 +43,8 @@ gpu::Engine ToEngine(const std::string& name) {
   if (name == "auto") return gpu::Engine::kAuto;
   if (name == "wmma") return gpu::Engine::kWmma;
   if (name == "sm90") return gpu::Engine::kSm90;
-  throw py::value_error("engine: expected auto, wmma or sm90, got " + name);
+  if (name == "cudnn") return gpu::Engine::kCudnn;
+  throw py::value_error("engine: expected auto, wmma, sm90 or cudnn, got " + name);
 }
 
 LabelType ToLabelType(const std::string& name) {
@@ -147,7 +148,7 @@ void BindGpuKernels(py::module_& m) {
       },
       py::arg("stream"), py::arg("problem"), py::arg("x"), py::arg("skip"), py::arg("kernel"), py::arg("bias"),
       py::arg("y"), py::arg("pooled"), py::arg("workspace"), py::arg("tuning"));
-  m.def("conv2d_bias_relu_workspace_bytes", &gpu::Conv2DBiasReluWorkspaceBytes, py::arg("problem"));
+  m.def("conv2d_bias_relu_workspace_bytes", &gpu::Conv2DBiasReluWorkspaceBytes, py::arg("problem"), py::arg("tuning"));
 
   m.def(
       "conv2d_bias_relu_grad",
@@ -174,7 +175,8 @@ void BindGpuKernels(py::module_& m) {
       },
       py::arg("stream"), py::arg("problem"), py::arg("x"), py::arg("kernel"), py::arg("bias"), py::arg("y"),
       py::arg("workspace"), py::arg("tuning"));
-  m.def("conv2d_transpose_bias_relu_workspace_bytes", &gpu::Conv2DTransposeBiasReluWorkspaceBytes, py::arg("problem"));
+  m.def("conv2d_transpose_bias_relu_workspace_bytes", &gpu::Conv2DTransposeBiasReluWorkspaceBytes, py::arg("problem"),
+        py::arg("tuning"));
 
   m.def(
       "conv2d_transpose_bias_relu_grad",

@@ -71,10 +71,11 @@ def conv2d_bias_relu(x, kernel, bias, skip=None, *, choices=None, **flags):
     y = Output((p.batch, p.height - shrink, p.width - shrink, p.filters), x.dtype)
     n, h, w, c = y.tensor.shape
     pooled = Output((n, h // 2, w // 2, c), x.dtype) if p.pool else None
-    workspace = _workspace(native.conv2d_bias_relu_workspace_bytes(p))
+    choices = choices or tuning()
+    workspace = _workspace(native.conv2d_bias_relu_workspace_bytes(p, choices))
     native.conv2d_bias_relu(
         _stream(), p, _address(x), _address(skip), _address(kernel), _address(bias), _address(y.tensor),
-        _address(pooled.tensor) if pooled else 0, _address(workspace), choices or tuning(),
+        _address(pooled.tensor) if pooled else 0, _address(workspace), choices,
     )  # fmt: skip
     return [y.checked(), pooled.checked()] if pooled else y.checked()
 
@@ -111,10 +112,11 @@ def transpose_problem(x, kernel, relu):
 def conv2d_transpose_bias_relu(x, kernel, bias, *, relu=True, choices=None):
     p = transpose_problem(x, kernel, relu)
     y = Output((p.batch, 2 * p.height, 2 * p.width, p.filters), x.dtype)
-    workspace = _workspace(native.conv2d_transpose_bias_relu_workspace_bytes(p))
+    choices = choices or tuning()
+    workspace = _workspace(native.conv2d_transpose_bias_relu_workspace_bytes(p, choices))
     native.conv2d_transpose_bias_relu(
         _stream(), p, _address(x), _address(kernel), _address(bias), _address(y.tensor), _address(workspace),
-        choices or tuning(),
+        choices,
     )  # fmt: skip
     return y.checked()
 

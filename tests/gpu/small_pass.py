@@ -162,7 +162,7 @@ def conv2d(kernels, size, channels, filters, k=3, skip=None, choices=None, left_
         s = arrays.values(n, sh, sw, sc) if skip else 0
         kernel, bias = arrays.values(*kernel_shape, scale=(k * k * (channels + sc)) ** -0.5), arrays.values(filters)
         y, pooled = arrays.output(*out), arrays.output(*half) if p.pool else 0
-        space = arrays.workspace(kernels.conv2d_bias_relu_workspace_bytes(p))
+        space = arrays.workspace(kernels.conv2d_bias_relu_workspace_bytes(p, choices))
         kernels.conv2d_bias_relu(STREAM, p, x, s, kernel, bias, y, pooled, space, choices)
         p.dy_height, p.dy_width = window or out[1:3]
         dy = arrays.values(n, p.dy_height, p.dy_width, filters)
@@ -191,7 +191,7 @@ def conv2d_transpose(kernels, size, channels, filters, k=3, choices=None, left_o
             setattr(p, name, value)
         x, kernel = arrays.values(n, h, w, channels), arrays.values(k, k, filters, channels, scale=channels**-0.5)
         bias, y = arrays.values(filters), arrays.output(n, 2 * h, 2 * w, filters)
-        space = arrays.workspace(kernels.conv2d_transpose_bias_relu_workspace_bytes(p))
+        space = arrays.workspace(kernels.conv2d_transpose_bias_relu_workspace_bytes(p, choices))
         kernels.conv2d_transpose_bias_relu(STREAM, p, x, kernel, bias, y, space, choices)
         dy, dx = arrays.values(n, 2 * h, 2 * w, filters), 0 if "dx" in left_out else arrays.output(n, h, w, channels)
         dkernel, dbias = arrays.output(k, k, filters, channels), arrays.output(filters)

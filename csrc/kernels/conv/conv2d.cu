@@ -1,4 +1,6 @@
 // conv2d_bias_relu on a GPU: which kernels a problem takes, and with what arguments.
+#include <algorithm>
+
 #include "conv/direct.h"
 #include "conv/gemm.h"
 #include "conv/gpu.h"
@@ -97,6 +99,11 @@ bool StoresDz(const Conv2DProblem& p) {
   return (p.relu && !p.dy_is_masked) || p.pool || !whole;
 }
 
+// Where it matters alone which arrays there are: all of them, aligned.
+alignas(16) char kSome[16];
+constexpr Conv2DForward kAllForward = {kSome, kSome, kSome, kSome, kSome, kSome};
+constexpr Conv2DGradient kAll = {kSome, kSome, kSome, kSome, kSome, kSome, kSome, kSome, kSome, kSome};
+
 struct GradWorkspace {
   Workspace layout;
   void* dz = nullptr;
@@ -104,25 +111,34 @@ struct GradWorkspace {
 
   GradWorkspace(void* base, const Conv2DProblem& p, const Conv2DTuning& tuning) : layout(base) {
     const int64_t pixels = p.batch * p.out_height() * p.out_width();
-    const WgradArgs wgrad = Wgrad(p, {}, nullptr);
+    const WgradArgs wgrad = Wgrad(p, kAll, kSome);
     if (StoresDz(p)) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
-    bias_slabs = static_cast<float*>(layout.Take(BiasSlabBytes(wgrad, tuning)));
-    slabs = static_cast<float*>(layout.Take(HasFewFilters(p)    ? FewFiltersGradSlabBytes(p)
-                                            : HasFewChannels(p) ? FewChannelsGradSlabBytes(p)
-                                                                : WgradSlabBytes(wgrad, tuning)));
+    bias_slabs = static_cast<float*>(layout.Take(BiasSlabBytes(p.dtype, wgrad, tuning)));
+    if (HasFewFilters(p)) {
+      slabs = static_cast<float*>(layout.Take(FewFiltersGradSlabBytes(p)));
+      return;
+    }
+    // Of one product after the other.
+    const size_t gemm = GemmWorkspaceBytes(p.dtype, Dgrad(p, kAll, kSome), tuning);
+    slabs = static_cast<float*>(layout.Take(
+        std::max(gemm, HasFewChannels(p) ? FewChannelsGradSlabBytes(p) : WgradWorkspaceBytes(p.dtype, wgrad, tuning))));
   }
 };
 
 }  // namespace
 
-size_t Conv2DBiasReluWorkspaceBytes(const Conv2DProblem&) { return 0; }
+size_t Conv2DBiasReluWorkspaceBytes(const Conv2DProblem& p, const Conv2DTuning& tuning) {
+  if (p.dtype == DType::kFloat32 || p.batch == 0 || HasFewFilters(p) || HasFewChannels(p)) return 0;
+  return GemmWorkspaceBytes(p.dtype, Forward(p, kAllForward), tuning);
+}
 
-int Conv2DBiasRelu(void* stream, const Conv2DProblem& p, const Conv2DForward& d, void*, const Conv2DTuning& tuning) {
+int Conv2DBiasRelu(void* stream, const Conv2DProblem& p, const Conv2DForward& d, void* workspace,
+                   const Conv2DTuning& tuning) {
   if (p.dtype == DType::kFloat32) return cudaErrorNotSupported;
   if (p.batch == 0) return 0;
   if (HasFewFilters(p)) return FewFiltersForward(stream, p, d);
   if (HasFewChannels(p)) return FewChannelsForward(stream, p, d);
-  return ImplicitGemm(stream, p.dtype, Forward(p, d), tuning);
+  return ImplicitGemm(stream, p.dtype, Forward(p, d), tuning, workspace);
 }
 
 size_t Conv2DBiasReluGradWorkspaceBytes(const Conv2DProblem& p, const Conv2DTuning& tuning) {
@@ -151,7 +167,7 @@ int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& p, const Conv2DGradien
     return FewFiltersGrad(stream, p, d.x, dz, d.kernel, d.dx, d.dkernel, dbias, space.slabs);
   }
   if (d.dx != nullptr || (d.dskip != nullptr && p.skip_channels > 0)) {
-    UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, Dgrad(p, d, dz), tuning));
+    UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, Dgrad(p, d, dz), tuning, space.slabs));
   }
   if (HasFewChannels(p)) return FewChannelsGrad(stream, p, d.x, dz, d.dkernel, dbias, space.slabs);
   WgradArgs w = Wgrad(p, d, dz);
@@ -167,14 +183,17 @@ std::vector<ProductChoice> Conv2DChoices(const Conv2DProblem& p, int capability)
     if (HasFewFilters(p)) choices.insert(choices.begin() + 1, {"input gradient", "direct", direct});
     return choices;
   }
-  // Any address: it matters alone which there are.
-  void* const some = const_cast<Conv2DProblem*>(&p);
-  const GemmArgs forward = Forward(p, {some, some, some, some, some, some});
-  const Conv2DGradient gradient = {some, some, some, some, some, some, some, p.skip_channels > 0 ? some : nullptr,
-                                   some, some};
-  return {DescribeGemm("forward", p.dtype, forward, capability),
-          DescribeGemm("input gradient", p.dtype, Dgrad(p, gradient, some), capability),
-          DescribeWgrad("weight gradient", p.dtype, Wgrad(p, gradient, some), capability)};
+  std::vector<ProductChoice> choices;
+  for (const Product& product : Products(p, kAllForward, kAll, kSome)) choices.push_back(Describe(product, capability));
+  return choices;
+}
+
+std::vector<Product> Products(const Conv2DProblem& p, const Conv2DForward& forward, const Conv2DGradient& gradient,
+                              const void* dz) {
+  if (HasFewFilters(p) || HasFewChannels(p)) return {};
+  return {{"forward", p.dtype, false, Forward(p, forward), {}},
+          {"input gradient", p.dtype, false, Dgrad(p, gradient, dz), {}},
+          {"weight gradient", p.dtype, true, {}, Wgrad(p, gradient, dz)}};
 }
 
 }  // namespace unet_fast::gpu

@@ -2,6 +2,8 @@
 // r = 0 of input row i and, in a 3x3 kernel, r = 2 of row i - 1; odd rows r = 1 of row i - and columns likewise. So the
 // forward pass is four small convolutions of x, one launch with a list of taps each: nine products a pixel of x, none
 // with a zero. Its input gradient is a convolution of dz with stride 2.
+#include <algorithm>
+
 #include "conv/gemm.h"
 #include "conv/gpu.h"
 #include "conv/mask.h"
@@ -75,6 +77,11 @@ WgradArgs Wgrad(const Conv2DTransposeProblem& p, const Conv2DTransposeGradient& 
   return w;
 }
 
+// Where it matters alone which arrays there are: all of them, aligned.
+alignas(16) char kSome[16];
+constexpr Conv2DTransposeForward kAllForward = {kSome, kSome, kSome, kSome};
+constexpr Conv2DTransposeGradient kAll = {kSome, kSome, kSome, kSome, kSome, kSome, kSome};
+
 struct GradWorkspace {
   Workspace layout;
   void* dz = nullptr;
@@ -84,19 +91,24 @@ struct GradWorkspace {
     const int64_t pixels = 4 * p.batch * p.height * p.width;
     if (p.relu && !p.dy_is_masked) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
     bias_slabs = static_cast<float*>(layout.Take(MaskSlabBytes(pixels, p.filters)));
-    slabs = static_cast<float*>(layout.Take(WgradSlabBytes(Wgrad(p, {}, nullptr), tuning)));
+    // Of one product after the other.
+    slabs = static_cast<float*>(layout.Take(std::max(GemmWorkspaceBytes(p.dtype, Dgrad(p, kAll, kSome), tuning),
+                                                     WgradWorkspaceBytes(p.dtype, Wgrad(p, kAll, kSome), tuning))));
   }
 };
 
 }  // namespace
 
-size_t Conv2DTransposeBiasReluWorkspaceBytes(const Conv2DTransposeProblem&) { return 0; }
+size_t Conv2DTransposeBiasReluWorkspaceBytes(const Conv2DTransposeProblem& p, const Conv2DTuning& tuning) {
+  if (p.dtype == DType::kFloat32 || p.batch == 0) return 0;
+  return GemmWorkspaceBytes(p.dtype, Forward(p, kAllForward), tuning);
+}
 
-int Conv2DTransposeBiasRelu(void* stream, const Conv2DTransposeProblem& p, const Conv2DTransposeForward& d, void*,
-                            const Conv2DTuning& tuning) {
+int Conv2DTransposeBiasRelu(void* stream, const Conv2DTransposeProblem& p, const Conv2DTransposeForward& d,
+                            void* workspace, const Conv2DTuning& tuning) {
   if (p.dtype == DType::kFloat32) return cudaErrorNotSupported;
   if (p.batch == 0) return 0;
-  return ImplicitGemm(stream, p.dtype, Forward(p, d), tuning);
+  return ImplicitGemm(stream, p.dtype, Forward(p, d), tuning, workspace);
 }
 
 size_t Conv2DTransposeBiasReluGradWorkspaceBytes(const Conv2DTransposeProblem& p, const Conv2DTuning& tuning) {
@@ -116,18 +128,25 @@ int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& p, c
   m.relu = masks, m.dz = space.dz, m.slabs = space.bias_slabs, m.dbias = d.dbias;
   UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, p.dtype, m));
 
-  if (d.dx != nullptr) UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, Dgrad(p, d, dz), tuning));
+  if (d.dx != nullptr) {
+    UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, Dgrad(p, d, dz), tuning, space.slabs));
+  }
   WgradArgs w = Wgrad(p, d, dz);
   w.slabs = space.slabs;
   return Wgrad(stream, p.dtype, w, tuning);
 }
 
 std::vector<ProductChoice> Conv2DTransposeChoices(const Conv2DTransposeProblem& p, int capability) {
-  void* const some = const_cast<Conv2DTransposeProblem*>(&p);  // any address: it matters alone which there are
-  const Conv2DTransposeGradient gradient = {some, some, some, some, some, some, some};
-  return {DescribeGemm("forward", p.dtype, Forward(p, {some, some, some, some}), capability),
-          DescribeGemm("input gradient", p.dtype, Dgrad(p, gradient, some), capability),
-          DescribeWgrad("weight gradient", p.dtype, Wgrad(p, gradient, some), capability)};
+  std::vector<ProductChoice> choices;
+  for (const Product& product : Products(p, kAllForward, kAll, kSome)) choices.push_back(Describe(product, capability));
+  return choices;
+}
+
+std::vector<Product> Products(const Conv2DTransposeProblem& p, const Conv2DTransposeForward& forward,
+                              const Conv2DTransposeGradient& gradient, const void* dz) {
+  return {{"forward", p.dtype, false, Forward(p, forward), {}},
+          {"input gradient", p.dtype, false, Dgrad(p, gradient, dz), {}},
+          {"weight gradient", p.dtype, true, {}, Wgrad(p, gradient, dz)}};
 }
 
 }  // namespace unet_fast::gpu

@@ -1,13 +1,17 @@
-// Which engine runs a product: sm90 where the device is a Hopper GPU, the build has its kernels, and it serves the
-// problem; else wmma.
+// Which engine runs a product. What was forced or measured comes first; else sm90 where the device is a Hopper GPU and
+// the build has its kernels, and cudnn on any other; what neither serves goes to wmma, which serves everything.
 #include <algorithm>
 
 #include "common/cuda.cuh"
 #include "conv/gemm.h"
 #include "conv/mask.h"
 #include "conv/reduce.h"
+#include "conv/tuning.h"
 #include "conv/wmma/engine.h"
 #include "pool/gpu.h"
+#ifdef UNET_FAST_CUDNN
+#include "conv/cudnn/engine.h"
+#endif
 #ifdef UNET_FAST_SM90
 #include "conv/sm90/engine.h"
 #endif
@@ -15,13 +19,35 @@
 namespace unet_fast::gpu {
 namespace {
 
-// Tiles are numbered an engine: a forced one means nothing to another.
-int Forced(const Conv2DTuning& tuning, Engine engine, int tile) {
-  return tuning.engine == engine || tuning.engine == Engine::kAuto ? tile : -1;
+// As asked for, else as measured.
+Choice ChoiceFor(DType dtype, const GemmArgs& args, const Conv2DTuning& tuning) {
+  if (tuning.engine != Engine::kAuto || tuning.gemm >= 0) return {tuning.engine, tuning.gemm, 0};
+  return ChosenFor(ProductKey(dtype, args));
+}
+Choice ChoiceFor(DType dtype, const WgradArgs& args, const Conv2DTuning& tuning) {
+  if (tuning.engine != Engine::kAuto || tuning.wgrad >= 0 || tuning.splits > 0) {
+    return {tuning.engine, tuning.wgrad, tuning.splits};
+  }
+  return ChosenFor(ProductKey(dtype, args));
 }
 
+// Configurations are numbered an engine: a chosen one means nothing to another.
+int Config(const Choice& choice, Engine engine) {
+  return choice.engine == engine || choice.engine == Engine::kAuto ? choice.config : -1;
+}
+
+#ifdef UNET_FAST_CUDNN
+// Left open, a Hopper GPU has kernels of its own; on others cuDNN is the faster one.
+bool TriesCudnn(const Choice& choice) {
 #ifdef UNET_FAST_SM90
-bool TriesSm90(const Conv2DTuning& tuning) { return tuning.engine != Engine::kWmma && ComputeCapability() == 90; }
+  if (choice.engine == Engine::kAuto && ComputeCapability() == 90) return false;
+#endif
+  return choice.engine == Engine::kAuto || choice.engine == Engine::kCudnn;
+}
+#endif
+
+#ifdef UNET_FAST_SM90
+bool TriesSm90(const Choice& choice) { return choice.engine != Engine::kWmma && ComputeCapability() == 90; }
 
 // False where the engine does not serve the product; else its status in `status`.
 bool GemmOnSm90(void* stream, DType dtype, const GemmArgs& args, int forced, int* status) {
@@ -54,54 +80,88 @@ int WgradOnSm90(void* stream, DType dtype, const WgradArgs& args, const sm90::Wg
 
 int64_t Pixels(const WgradArgs& args) { return static_cast<int64_t>(args.batch) * args.out_h * args.out_w; }
 
-}  // namespace
-
-int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, const Conv2DTuning& tuning) {
-#ifdef UNET_FAST_SM90
-  int status;
-  if (TriesSm90(tuning) && GemmOnSm90(stream, dtype, args, Forced(tuning, Engine::kSm90, tuning.gemm), &status)) {
-    return status;
-  }
-#endif
-  return wmma::ImplicitGemm(stream, dtype, args, Forced(tuning, Engine::kWmma, tuning.gemm));
+// dbias, where an engine does not compute it along with the product.
+int SumOverPixels(void* stream, DType dtype, const WgradArgs& args) {
+  MaskArgs sums = {};
+  sums.dy = args.dz, sums.batch = args.batch, sums.h = args.out_h, sums.w = args.out_w, sums.channels = args.n;
+  sums.dy_h = sums.h, sums.dy_w = sums.w;
+  sums.slabs = args.bias_slabs, sums.dbias = args.dbias;
+  return MaskGradient(stream, dtype, sums);
 }
 
-size_t WgradSlabBytes(const WgradArgs& args, const Conv2DTuning& tuning) {
-  size_t bytes = wmma::WgradSlabBytes(args, Forced(tuning, Engine::kWmma, tuning.wgrad), tuning.splits);
+}  // namespace
+
+int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, const Conv2DTuning& tuning, void* workspace) {
+  const Choice choice = ChoiceFor(dtype, args, tuning);
+#ifdef UNET_FAST_CUDNN
+  if (TriesCudnn(choice)) {
+    const int status = cudnn::Gemm(stream, dtype, args, Config(choice, Engine::kCudnn), workspace);
+    if (status != cudaErrorNotSupported) return status;
+  }
+#endif
 #ifdef UNET_FAST_SM90
-  const sm90::WgradPlan plan = sm90::PlanWgrad(args, Forced(tuning, Engine::kSm90, tuning.wgrad), tuning.splits);
+  int status;
+  if (TriesSm90(choice) && GemmOnSm90(stream, dtype, args, Config(choice, Engine::kSm90), &status)) return status;
+#endif
+  return wmma::ImplicitGemm(stream, dtype, args, Config(choice, Engine::kWmma));
+}
+
+size_t GemmWorkspaceBytes(DType dtype, const GemmArgs& args, const Conv2DTuning& tuning) {
+#ifdef UNET_FAST_CUDNN
+  const Choice choice = ChoiceFor(dtype, args, tuning);
+  if (TriesCudnn(choice)) {
+    return std::max<int64_t>(0, cudnn::GemmWorkspaceBytes(dtype, args, Config(choice, Engine::kCudnn)));
+  }
+#endif
+  return 0;
+}
+
+size_t WgradWorkspaceBytes(DType dtype, const WgradArgs& args, const Conv2DTuning& tuning) {
+  const Choice choice = ChoiceFor(dtype, args, tuning);
+  size_t bytes = wmma::WgradSlabBytes(args, Config(choice, Engine::kWmma), choice.splits);
+#ifdef UNET_FAST_SM90
+  const sm90::WgradPlan plan = sm90::PlanWgrad(args, Config(choice, Engine::kSm90), choice.splits);
   if (plan.splits > 1) {
     const int64_t channels = args.source[0].channels + (args.sources == 2 ? args.source[1].channels : 0);
     bytes = std::max(bytes, static_cast<size_t>(plan.splits) * args.taps.count * channels * args.n * sizeof(float));
   }
 #endif
+#ifdef UNET_FAST_CUDNN
+  if (TriesCudnn(choice)) {
+    const int64_t needed = cudnn::WgradWorkspaceBytes(dtype, args, Config(choice, Engine::kCudnn));
+    bytes = std::max(bytes, static_cast<size_t>(std::max<int64_t>(0, needed)));
+  }
+#endif
   return bytes;
 }
 
-size_t BiasSlabBytes(const WgradArgs& args, const Conv2DTuning& tuning) {
+size_t BiasSlabBytes(DType dtype, const WgradArgs& args, const Conv2DTuning& tuning) {
   size_t bytes = MaskSlabBytes(Pixels(args), args.n);
 #ifdef UNET_FAST_SM90
-  const sm90::WgradPlan plan = sm90::PlanWgrad(args, Forced(tuning, Engine::kSm90, tuning.wgrad), tuning.splits);
+  const Choice choice = ChoiceFor(dtype, args, tuning);
+  const sm90::WgradPlan plan = sm90::PlanWgrad(args, Config(choice, Engine::kSm90), choice.splits);
   bytes = std::max(bytes, static_cast<size_t>(plan.splits) * args.n * sizeof(float));
 #endif
   return bytes;
 }
 
 int Wgrad(void* stream, DType dtype, const WgradArgs& args, const Conv2DTuning& tuning) {
+  const Choice choice = ChoiceFor(dtype, args, tuning);
+#ifdef UNET_FAST_CUDNN
+  if (TriesCudnn(choice)) {
+    const int status = cudnn::Wgrad(stream, dtype, args, Config(choice, Engine::kCudnn), args.slabs);
+    if (status == 0 && args.dbias != nullptr) return SumOverPixels(stream, dtype, args);
+    if (status != cudaErrorNotSupported) return status;
+  }
+#endif
 #ifdef UNET_FAST_SM90
-  if (TriesSm90(tuning)) {
-    const sm90::WgradPlan plan = sm90::PlanWgrad(args, Forced(tuning, Engine::kSm90, tuning.wgrad), tuning.splits);
+  if (TriesSm90(choice)) {
+    const sm90::WgradPlan plan = sm90::PlanWgrad(args, Config(choice, Engine::kSm90), choice.splits);
     if (plan.config >= 0) return WgradOnSm90(stream, dtype, args, plan);
   }
 #endif
-  if (args.dbias != nullptr) {
-    MaskArgs sums = {};
-    sums.dy = args.dz, sums.batch = args.batch, sums.h = args.out_h, sums.w = args.out_w, sums.channels = args.n;
-    sums.dy_h = sums.h, sums.dy_w = sums.w;
-    sums.slabs = args.bias_slabs, sums.dbias = args.dbias;
-    UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, dtype, sums));
-  }
-  return wmma::Wgrad(stream, dtype, args, Forced(tuning, Engine::kWmma, tuning.wgrad), tuning.splits);
+  if (args.dbias != nullptr) UNET_FAST_CUDA_RETURN_IF_ERROR(SumOverPixels(stream, dtype, args));
+  return wmma::Wgrad(stream, dtype, args, Config(choice, Engine::kWmma), choice.splits);
 }
 
 namespace {
@@ -114,43 +174,64 @@ std::string Unsupported(DType dtype, int capability) {
   return "compute capability " + std::to_string(least / 10) + "." + std::to_string(least % 10) + " or more is needed";
 }
 
-// Why a product does not run on sm90.
-std::string WhyNotSm90(bool vector, int capability) {
-#ifndef UNET_FAST_SM90
-  return "the build has no kernels for 9.0";
+// Why a product is left to wmma.
+std::string WhyWmma(const Choice& choice, bool vector, int capability) {
+  if (choice.engine == Engine::kWmma) return "chosen";
+  if (!vector) return "a number of channels is no multiple of 8";
+  if (capability == 90) {
+#ifdef UNET_FAST_SM90
+    return "too large for sm90's counters";
+#else
+    return "the build has no kernels for 9.0";
 #endif
-  if (capability != 90) return "sm90 is for compute capability 9.0";
-  return vector ? "too large for sm90's counters" : "a number of channels is no multiple of 8";
+  }
+  return "cuDNN has no plan for it";
+}
+
+// On the engine that comes first, or "" where it is not the one.
+std::string OnCudnn(const Product& p, const Choice& choice, int capability) {
+#ifdef UNET_FAST_CUDNN
+  if (choice.engine == Engine::kCudnn || (choice.engine == Engine::kAuto && capability != 90)) {
+    const int config = Config(choice, Engine::kCudnn);
+    // What cuDNN plans on another device than this one is not known here.
+    const bool planned =
+        capability != ComputeCapability() || (p.is_wgrad ? cudnn::WgradWorkspaceBytes(p.dtype, p.wgrad, config)
+                                                         : cudnn::GemmWorkspaceBytes(p.dtype, p.gemm, config)) >= 0;
+    const bool vector = p.is_wgrad ? p.wgrad.vector : p.gemm.vector;
+    if (planned && vector) return "plan " + std::to_string(std::max(0, config)) + " of its heuristic";
+  }
+#endif
+  return "";
+}
+
+std::string OnSm90(const Product& p, const Choice& choice, int capability) {
+#ifdef UNET_FAST_SM90
+  if (capability != 90 || choice.engine == Engine::kWmma) return "";
+  const int forced = Config(choice, Engine::kSm90);
+  if (p.is_wgrad) {
+    const sm90::WgradPlan plan = sm90::PlanWgrad(p.wgrad, forced, choice.splits);
+    return plan.config >= 0 ? sm90::Describe(plan) : "";
+  }
+  GemmArgs plain = p.gemm;
+  plain.pooled = nullptr;
+  const int fused = sm90::ChooseGemm(p.gemm, forced), config = fused >= 0 ? fused : sm90::ChooseGemm(plain, forced);
+  if (config < 0) return "";
+  return sm90::DescribeGemm(config) + (fused < 0 ? ", pooling in a pass of its own" : "");
+#endif
+  return "";
 }
 
 }  // namespace
 
-ProductChoice DescribeGemm(const char* product, DType dtype, const GemmArgs& args, int capability) {
-  const std::string unsupported = Unsupported(dtype, capability);
-  if (!unsupported.empty()) return {product, "none", unsupported};
-#ifdef UNET_FAST_SM90
-  if (capability == 90) {
-    GemmArgs plain = args;
-    plain.pooled = nullptr;
-    const int fused = sm90::ChooseGemm(args, -1), config = fused >= 0 ? fused : sm90::ChooseGemm(plain, -1);
-    if (config >= 0) {
-      return {product, "sm90", sm90::DescribeGemm(config) + (fused < 0 ? ", pooling in a pass of its own" : "")};
-    }
-  }
-#endif
-  return {product, "wmma", WhyNotSm90(args.vector, capability)};
-}
-
-ProductChoice DescribeWgrad(const char* product, DType dtype, const WgradArgs& args, int capability) {
-  const std::string unsupported = Unsupported(dtype, capability);
-  if (!unsupported.empty()) return {product, "none", unsupported};
-#ifdef UNET_FAST_SM90
-  if (capability == 90) {
-    const sm90::WgradPlan plan = sm90::PlanWgrad(args, -1, 0);
-    if (plan.config >= 0) return {product, "sm90", sm90::Describe(plan)};
-  }
-#endif
-  return {product, "wmma", WhyNotSm90(args.vector, capability)};
+ProductChoice Describe(const Product& p, int capability) {
+  const std::string unsupported = Unsupported(p.dtype, capability);
+  if (!unsupported.empty()) return {p.name, "none", unsupported};
+  // What was measured on the device that is here says nothing of another.
+  const Choice choice = capability == ComputeCapability() ? ChosenFor(ProductKey(p)) : Choice();
+  const std::string measured = choice.engine == Engine::kAuto ? "" : ", chosen";
+  if (const std::string plan = OnCudnn(p, choice, capability); !plan.empty()) return {p.name, "cudnn", plan + measured};
+  if (const std::string tile = OnSm90(p, choice, capability); !tile.empty()) return {p.name, "sm90", tile + measured};
+  return {p.name, "wmma", WhyWmma(choice, p.is_wgrad ? p.wgrad.vector : p.gemm.vector, capability)};
 }
 
 }  // namespace unet_fast::gpu

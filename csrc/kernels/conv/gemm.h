@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "common/cuda.cuh"
 #include "conv/gpu.h"
@@ -71,7 +72,9 @@ struct GemmArgs {
   Divisor quads_per_image, quads_per_row;  // set by the launcher
 };
 
-int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, const Conv2DTuning& tuning);
+// `workspace`: GemmWorkspaceBytes.
+int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, const Conv2DTuning& tuning, void* workspace);
+size_t GemmWorkspaceBytes(DType dtype, const GemmArgs& args, const Conv2DTuning& tuning);
 
 // dweights[t, c, n] = sum over pixels p of source[p * stride + offset(t), c] * dz[p, n], one list of taps, in `splits`
 // partial sums over p.
@@ -84,7 +87,7 @@ struct WgradArgs {
   TapList taps;
   bool vector = false;
   void* dweights = nullptr;
-  float* slabs = nullptr;       // WgradSlabBytes, for the partial sums
+  float* slabs = nullptr;       // WgradWorkspaceBytes, for the partial sums
   void* dbias = nullptr;        // also the sum of dz over the pixels, [n]; null: not wanted
   float* bias_slabs = nullptr;  // BiasSlabBytes
 
@@ -93,11 +96,23 @@ struct WgradArgs {
 };
 
 int Wgrad(void* stream, DType dtype, const WgradArgs& args, const Conv2DTuning& tuning);
-// For any device: a graph may be compiled before it is known where it will run.
-size_t WgradSlabBytes(const WgradArgs& args, const Conv2DTuning& tuning);
-size_t BiasSlabBytes(const WgradArgs& args, const Conv2DTuning& tuning);
+size_t WgradWorkspaceBytes(DType dtype, const WgradArgs& args, const Conv2DTuning& tuning);
+size_t BiasSlabBytes(DType dtype, const WgradArgs& args, const Conv2DTuning& tuning);
 
-ProductChoice DescribeGemm(const char* product, DType dtype, const GemmArgs& args, int capability);
-ProductChoice DescribeWgrad(const char* product, DType dtype, const WgradArgs& args, int capability);
+// One of the products that an op consists of.
+struct Product {
+  const char* name;
+  DType dtype;
+  bool is_wgrad;
+  GemmArgs gemm;    // unless is_wgrad
+  WgradArgs wgrad;  // where is_wgrad
+};
+// Of an op's forward pass and its gradient, of dz where the gradient is masked already; none where kernels of their own
+// serve it (conv/direct.h).
+std::vector<Product> Products(const Conv2DProblem& problem, const Conv2DForward& forward,
+                              const Conv2DGradient& gradient, const void* dz);
+std::vector<Product> Products(const Conv2DTransposeProblem& problem, const Conv2DTransposeForward& forward,
+                              const Conv2DTransposeGradient& gradient, const void* dz);
+ProductChoice Describe(const Product& product, int capability);
 
 }  // namespace unet_fast::gpu

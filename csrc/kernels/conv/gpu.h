@@ -6,6 +6,9 @@
 // `workspace` is device memory of ...WorkspaceBytes(problem), aligned to 256 bytes; null where that is 0.
 // Arrays are aligned to 16 bytes.
 //
+// What ...WorkspaceBytes says may depend on the current device (cuDNN's part does, and what was measured on it), and it
+// plans what the launch will need: it comes before every launch on a device, and outside of a capture.
+//
 // Nothing is added atomically, so a result is the same to the bit whenever problem and tuning are the same.
 #pragma once
 
@@ -18,20 +21,22 @@
 
 namespace unet_fast::gpu {
 
-enum class Engine { kAuto = -1, kWmma, kSm90 };
+enum class Engine { kAuto = -1, kWmma, kSm90, kCudnn };
 
-// Choices that otherwise follow from the problem and the device. They change speed, and for `splits` the order of a
-// sum. An engine that the device has not got, and a tile that does not fit the problem, are passed over.
+// Choices that otherwise follow from the problem and the device (conv/tuning.h). They change speed, and for `splits`
+// the order of a sum. An engine that the device has not got, and a tile that does not fit the problem, are passed over.
 struct Conv2DTuning {
   Engine engine = Engine::kAuto;
-  int gemm = -1;  // index into the engine's tiles: kGemmTiles of conv/wmma/config.h, kGemmConfigs of conv/sm90/engine.h
+  // Index into the engine's tiles: kGemmTiles of conv/wmma/config.h, kGemmConfigs of conv/sm90/config.h; of cudnn, into
+  // the plans that its heuristic proposes.
+  int gemm = -1;
   int wgrad = -1;  // likewise: kWgradTiles, kWgradConfigs
   int splits = 0;  // partial sums of the weight gradient
 };
 
 int Conv2DBiasRelu(void* stream, const Conv2DProblem& problem, const Conv2DForward& data, void* workspace,
                    const Conv2DTuning& tuning = {});
-size_t Conv2DBiasReluWorkspaceBytes(const Conv2DProblem& problem);
+size_t Conv2DBiasReluWorkspaceBytes(const Conv2DProblem& problem, const Conv2DTuning& tuning = {});
 
 int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& problem, const Conv2DGradient& data, void* workspace,
                        const Conv2DTuning& tuning = {});
@@ -39,7 +44,7 @@ size_t Conv2DBiasReluGradWorkspaceBytes(const Conv2DProblem& problem, const Conv
 
 int Conv2DTransposeBiasRelu(void* stream, const Conv2DTransposeProblem& problem, const Conv2DTransposeForward& data,
                             void* workspace, const Conv2DTuning& tuning = {});
-size_t Conv2DTransposeBiasReluWorkspaceBytes(const Conv2DTransposeProblem& problem);
+size_t Conv2DTransposeBiasReluWorkspaceBytes(const Conv2DTransposeProblem& problem, const Conv2DTuning& tuning = {});
 
 int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& problem,
                                 const Conv2DTransposeGradient& data, void* workspace, const Conv2DTuning& tuning = {});

@@ -75,6 +75,16 @@ __device__ void WgmmaWait() {
 
 // A in registers, as mma.m16n8k16 has it: a[0] rows as of d, columns 2 * (t % 4) and the next; a[1] 8 rows on; a[2] and
 // a[3] 8 columns on. B is K-major.
+#define UNET_FAST_WGMMA_A40(type)                                                                \
+  asm volatile(                                                                                  \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %25, 0;\n"                                               \
+      "wgmma.mma_async.sync.aligned.m64n40k16.f32." type "." type                                \
+      " {"                                                                                       \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19" \
+      "}, {%20, %21, %22, %23}, %24, p, 1, 1, 0;\n}\n"                                           \
+      : UNET_FAST_D8(0), UNET_FAST_D8(8), UNET_FAST_D4(16)                                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+
 #define UNET_FAST_WGMMA_A48(type)                                                                       \
   asm volatile(                                                                                         \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %29, 0;\n"                                                      \
@@ -111,7 +121,9 @@ __device__ void WgmmaWait() {
 template <typename T, int kN>
 __device__ void WgmmaA(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  static_assert(kN == 48 || kN == 56 || kN == 64);
+  static_assert(kN == 40 || kN == 48 || kN == 56 || kN == 64);
+  if constexpr (kN == 40 && kHalf) UNET_FAST_WGMMA_A40("f16");
+  if constexpr (kN == 40 && !kHalf) UNET_FAST_WGMMA_A40("bf16");
   if constexpr (kN == 48 && kHalf) UNET_FAST_WGMMA_A48("f16");
   if constexpr (kN == 48 && !kHalf) UNET_FAST_WGMMA_A48("bf16");
   if constexpr (kN == 56 && kHalf) UNET_FAST_WGMMA_A56("f16");
@@ -133,6 +145,7 @@ __device__ void Wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate
   if constexpr (kN == 256 && !kHalf) UNET_FAST_WGMMA_256("bf16");
 }
 
+#undef UNET_FAST_WGMMA_A40
 #undef UNET_FAST_WGMMA_A48
 #undef UNET_FAST_WGMMA_A56
 #undef UNET_FAST_WGMMA_A64

@@ -35,9 +35,11 @@ bool Upsamples(const GemmArgs& g) {
 bool ServesStationary(const GemmConfig& c, const GemmArgs& g) {
   if (c.share == 1) return Upsamples(g) && Chunks(g) == 2 && g.n <= 64;
   if (g.lists != 1 || g.stride != 1 || g.taps[0].count != 9 || !InThrees(g.taps[0])) return false;
-  if (Chunks(g) * 64 != c.stationary || CeilDiv(g.n, 64) * 64 != c.n) return false;
-  if (g.results == 2 && g.result[0].channels != 64) return false;
-  return g.pooled == nullptr || (c.n == 64 && c.stationary == 64 && !g.transposed);
+  // Blocks of 128 channels share out the results, 64 each.
+  const int64_t results = CeilDiv(g.n, 64) * 64;
+  if (Chunks(g) * 64 != c.stationary || (c.stationary == 128 ? results > 256 : results != c.n)) return false;
+  if (g.results == 2 && (g.result[0].channels == 0 || g.result[0].channels % 64 != 0)) return false;
+  return g.pooled == nullptr || ((c.n == 64 || c.stationary == 128) && !g.transposed);
 }
 
 bool Serves(const GemmConfig& c, const GemmArgs& g) {

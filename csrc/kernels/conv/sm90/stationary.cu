@@ -11,10 +11,13 @@ namespace {
 template <typename T, int kCols>
 int LaunchStationary(void* stream, const StationaryArgs& k, bool transposed, Roles roles, bool pooled) {
   const auto launch = [&](auto kernel) -> int {
-    return Launch(kernel, std::min(k.tiles, Multiprocessors()), kStationaryThreads, stationary::kSharedBytes, stream,
-                  k);
+    const int blocks = std::min(k.tiles, Multiprocessors() / k.slices) * k.slices;
+    return Launch(kernel, blocks, kStationaryThreads, stationary::kSharedBytes, stream, k);
   };
-  if (pooled) return launch(StationaryKernel<T, false, Roles::kTiles, kCols, true>);
+  if (pooled) {
+    return roles == Roles::kChannels ? launch(StationaryKernel<T, false, Roles::kChannels, kCols, true>)
+                                     : launch(StationaryKernel<T, false, Roles::kTiles, kCols, true>);
+  }
   const auto with = [&](auto is_transposed) -> int {
     constexpr bool kTransposed = decltype(is_transposed)::value;
     if (roles == Roles::kResults) return launch(StationaryKernel<T, kTransposed, Roles::kResults, kCols, false>);
@@ -25,9 +28,9 @@ int LaunchStationary(void* stream, const StationaryArgs& k, bool transposed, Rol
 }
 
 // Of the strips that waste least the widest.
-int StripColumns(int width) {
+int StripColumns(int width, int least) {
   int cols = 64;
-  for (const int narrower : {56, 48}) {
+  for (int narrower = 56; narrower >= least; narrower -= 8) {
     if (CeilDiv(width, narrower) * narrower < CeilDiv(width, cols) * cols) cols = narrower;
   }
   return cols;
@@ -48,7 +51,7 @@ ImageMap MaskMap(const GemmArgs& g, int index, int cols) {
 
 int StationaryGemm(void* stream, DType dtype, const GemmArgs& g) {
   const FirstTap first = First(g.taps, 1);
-  const int cols = StripColumns(g.out_w);
+  const int cols = StripColumns(g.out_w, 40);
   StationaryArgs k = {};
   k.first_row = first.row, k.first_col = first.col;
   int channels = 0;
@@ -60,11 +63,10 @@ int StationaryGemm(void* stream, DType dtype, const GemmArgs& g) {
     k.weight_channel[s] = channels;
     channels += source.channels;
   }
-  Roles roles = g.n > 64 ? Roles::kResults : Roles::kTiles;
-  if (g.sources == 2) {
-    roles = Roles::kChannels;
-  } else if (channels > 64) {
-    roles = Roles::kChannels;
+  const Roles roles = g.sources == 2 || channels > 64 ? Roles::kChannels : g.n > 64 ? Roles::kResults : Roles::kTiles;
+  k.slices = roles == Roles::kChannels ? static_cast<int>(CeilDiv(g.n, 64)) : 1;
+  k.first_slices = g.results == 2 ? g.result[0].channels / 64 : k.slices;
+  if (roles == Roles::kChannels && g.sources == 1) {
     k.source[1] = k.source[0];
     k.source_channel[1] = k.weight_channel[1] = 64;
   }
@@ -76,11 +78,11 @@ int StationaryGemm(void* stream, DType dtype, const GemmArgs& g) {
                                          : WeightMap{g.weights, g.n, channels, 9, g.ld, g.tap_stride, 64};
   UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(weights, dtype, &k.weights));
 
-  k.masked = g.result[0].mask != nullptr;
   for (int group = 0; group < 2; ++group) {
     const int index = group < g.results ? group : 0;
     UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(ResultMap(g, g.result[index], cols), dtype, &k.result[group]));
-    if (k.masked) UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(MaskMap(g, index, cols), dtype, &k.mask[group]));
+    k.masked[group] = g.result[index].mask != nullptr;
+    if (k.masked[group]) UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(MaskMap(g, index, cols), dtype, &k.mask[group]));
     k.result_channel[group] = group == 1 && g.results == 1 && roles == Roles::kResults ? 64 : 0;
   }
   const bool pooled = g.pooled != nullptr && g.out_h > 1 && g.out_w > 1;
@@ -95,6 +97,7 @@ int StationaryGemm(void* stream, DType dtype, const GemmArgs& g) {
   k.bias = g.bias, k.relu = g.relu;
   const auto launch = [&](auto type) -> int {
     using T = decltype(type);
+    if (cols == 40) return LaunchStationary<T, 40>(stream, k, g.transposed, roles, pooled);
     if (cols == 48) return LaunchStationary<T, 48>(stream, k, g.transposed, roles, pooled);
     if (cols == 56) return LaunchStationary<T, 56>(stream, k, g.transposed, roles, pooled);
     return LaunchStationary<T, 64>(stream, k, g.transposed, roles, pooled);
@@ -105,7 +108,7 @@ int StationaryGemm(void* stream, DType dtype, const GemmArgs& g) {
 int Upsample(void* stream, DType dtype, const GemmArgs& g) {
   const GemmSource& source = g.source[0];
   const GemmResult& result = g.result[0];
-  const int cols = StripColumns(g.out_w);
+  const int cols = StripColumns(g.out_w, 48);
   UpsamplingArgs k = {};
   const ImageMap pixels = {source.data,       source.channels,     g.source_w, g.source_h, g.batch,
                            source.row_stride, source.image_stride, cols + 1,   1};

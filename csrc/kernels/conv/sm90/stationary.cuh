@@ -22,7 +22,7 @@ namespace unet_fast::gpu::sm90 {
 enum class Roles {
   kTiles,     // 64 channels, 64 results: every second tile
   kResults,   // 64 channels, 128 results: 64 results each
-  kChannels,  // 128 channels, 64 results: 64 channels each; the second adds the first one's sums to its own
+  kChannels,  // 128 channels, 64 results a block: 64 channels each; the second adds the first one's sums to its own
 };
 
 struct StationaryArgs {
@@ -31,12 +31,13 @@ struct StationaryArgs {
   int source_channel[2];                   // where the 64 channels of a warpgroup begin, in the source
   int weight_channel[2];                   // and among the weights
   int result_channel[2];                   // where the 64 results begin, in their array
+  int slices, first_slices;                // kChannels: blocks take turns at 64 results each; those of result[0]
   uint8_t weight[9];                       // index of the weights of a tap, row by row
   int first_row, first_col;                // source pixel of the first tap of result (0, 0)
   Divisor tiles_per_image, pairs;          // of rows, in an image
   int n, tiles;
   const void* bias;
-  bool relu, masked;
+  bool relu, masked[2];  // masked: by array of results
 };
 
 constexpr int kStationaryThreads = 384;
@@ -47,7 +48,7 @@ constexpr int kTap = 64 * 128;                             // bytes of a tap's w
 constexpr int kStages = 10, kStage = 17 * 1024;            // two rows of 64 channels of pixels
 constexpr int kOut = 2 * 64 * 128, kPooledOut = 32 * 128;  // a warpgroup's results on their way out
 constexpr int kSums = 2 * 64 * 64 * 4;                     // a tile's sums in float32
-static_assert(2 * (kOut + kPooledOut) <= kSums + kOut);
+static_assert(2 * (kOut + kPooledOut) <= kSums + kOut + kPooledOut);
 constexpr int kBarriers = 2 * kStages + 4;
 
 template <int kCols>
@@ -60,7 +61,7 @@ struct Shared {
   uint32_t stages, out, barriers;
   __device__ explicit Shared(const void* memory) {
     stages = (ptx::SharedAddress(memory) + 1023) & ~1023u;  // the swizzle repeats every 1024 bytes
-    out = stages + kStages * kStage, barriers = out + kSums + kOut;
+    out = stages + kStages * kStage, barriers = out + kSums + kOut + kPooledOut;
   }
   __device__ uint32_t Stage(int i) const { return stages + i * kStage; }
   __device__ uint32_t Full(int i) const { return barriers + i * 8; }
@@ -75,7 +76,7 @@ struct Shared {
     return out + (kRoles == Roles::kChannels ? kSums : group * (kOut + kPooledOut));
   }
 };
-constexpr size_t kSharedBytes = 1024 + kStages * kStage + kSums + kOut + kBarriers * 8;
+constexpr size_t kSharedBytes = 1024 + kStages * kStage + kSums + kOut + kPooledOut + kBarriers * 8;
 static_assert(2 * 9 * kTap <= kStages * kStage, "the weights pass through the stages");
 static_assert(kSharedBytes <= 227 << 10);
 
@@ -96,20 +97,34 @@ struct Tile {
   }
 };
 
-// A block's part of the sequence of tiles.
+// A block's part of the sequence of tiles, and the 64 results it computes there.
 struct Part {
-  int begin, end;
-  __device__ explicit Part(int tiles) {
-    begin = static_cast<int>(static_cast<int64_t>(tiles) * blockIdx.x / gridDim.x);
-    end = static_cast<int>(static_cast<int64_t>(tiles) * (blockIdx.x + 1) / gridDim.x);
+  int begin, end, slice;
+  __device__ Part(int tiles, int slices) {
+    const int blocks = gridDim.x / slices, block = blockIdx.x / slices;
+    slice = blockIdx.x - block * slices;
+    begin = static_cast<int>(static_cast<int64_t>(tiles) * block / blocks);
+    end = static_cast<int>(static_cast<int64_t>(tiles) * (block + 1) / blocks);
+  }
+};
+
+// Where a warpgroup's results go: an array and the channel they begin at.
+struct Place {
+  int array, channel;
+  template <Roles kRoles>
+  __device__ static Place Of(const StationaryArgs& g, int group, int slice) {
+    if constexpr (kRoles != Roles::kChannels) return {group, g.result_channel[group]};
+    const int array = slice >= g.first_slices;
+    return {array, (slice - (array ? g.first_slices : 0)) * 64};
   }
 };
 
 template <bool kTransposed, Roles kRoles, int kCols>
 __device__ void Load(const StationaryArgs& g, const Shared& shared) {
+  const Part part(g.tiles, g.slices);
   ptx::BarrierArriveExpect(shared.WeightsFull(), 2 * 9 * kTap);
   for (int group = 0; group < 2; ++group) {
-    const int n = kRoles == Roles::kResults ? group * 64 : 0, channel = g.weight_channel[group];
+    const int n = (kRoles == Roles::kResults ? group : part.slice) * 64, channel = g.weight_channel[group];
     for (int tap = 0; tap < 9; ++tap) {
       ptx::LoadTile3D(shared.stages + (group * 9 + tap) * kTap, &g.weights, shared.WeightsFull(),
                       kTransposed ? channel : n, kTransposed ? n : channel, g.weight[tap]);
@@ -118,7 +133,6 @@ __device__ void Load(const StationaryArgs& g, const Shared& shared) {
   ptx::BarrierWait(shared.WeightsRead(), 0);
   constexpr int kSources = kRoles == Roles::kChannels ? 2 : 1;
   Ring<kSlots<kRoles>> ring;
-  const Part part(g.tiles);
   for (int t = part.begin; t < part.end; ++t) {
     const Tile tile(g, t);
     for (int rows = t == part.begin || tile.pair == 0 ? 0 : 2; rows <= 2; rows += 2, ++ring.count) {
@@ -168,7 +182,7 @@ __device__ void MultiplyTaps(float (&sum)[kCols / 2], const uint32_t (&a)[36][4]
 // A tile's results to shared memory, pixel by pixel, where what masks them may be already.
 template <typename T, int kCols, bool kPooled>
 __device__ void PutTogether(const StationaryArgs& g, const float (&sum)[2][kCols / 2], const float (&bias)[2],
-                            uint32_t out) {
+                            bool masked, uint32_t out) {
   constexpr int kBlocks = kCols / 8;  // of 8 pixels
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
   const int chunk = warp * 2 + matrix % 2;
@@ -186,7 +200,7 @@ __device__ void PutTogether(const StationaryArgs& g, const float (&sum)[2][kCols
       const int pixel = (i / 2 + (odd ? 0 : matrix / 2)) * 8 + row;
       const uint32_t at = out + (q * kCols + pixel) * 128 + ((chunk ^ row) << 4);
       uint32_t v[4] = {packed[q][i], packed[q][i + 1], packed[q][odd ? i : i + 2], packed[q][odd ? i + 1 : i + 3]};
-      if (g.masked) {
+      if (masked) {
         uint32_t mask[4];
         ptx::LoadMatrix<true>(at, mask);
 #pragma unroll
@@ -215,10 +229,10 @@ __device__ void PutTogether(const StationaryArgs& g, const float (&sum)[2][kCols
 
 // What masks the results of a tile, to where they will be.
 template <int kCols>
-__device__ void LoadMask(const StationaryArgs& g, int t, int group, uint32_t out, uint32_t barrier) {
+__device__ void LoadMask(const StationaryArgs& g, int t, const Place& place, uint32_t out, uint32_t barrier) {
   const Tile tile(g, t);
   ptx::BarrierArriveExpect(barrier, 2 * kCols * 128);
-  ptx::LoadTile4D(out, &g.mask[group], barrier, g.result_channel[group], tile.strip * kCols, tile.pair * 2, tile.image);
+  ptx::LoadTile4D(out, &g.mask[place.array], barrier, place.channel, tile.strip * kCols, tile.pair * 2, tile.image);
 }
 
 template <typename T, bool kTransposed, Roles kRoles, int kCols, bool kPooled>
@@ -230,10 +244,13 @@ __device__ void Multiply(const StationaryArgs& g, int group, const Shared& share
   __syncwarp();
   if (lane == 0) ptx::BarrierArrive(shared.WeightsRead());
 
+  const Part part(g.tiles, g.slices);
+  const Place place = Place::Of<kRoles>(g, group, part.slice);
+  const bool masked = g.masked[place.array];
   float bias[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int n = (kRoles == Roles::kResults ? group * 64 : 0) + warp * 16 + h * 8 + lane / 4;
+    const int n = (kRoles == Roles::kResults ? group : part.slice) * 64 + warp * 16 + h * 8 + lane / 4;
     if (g.bias != nullptr && n < g.n) bias[h] = ToFloat(static_cast<const T*>(g.bias)[n]);
   }
   // Named barriers.
@@ -242,11 +259,10 @@ __device__ void Multiply(const StationaryArgs& g, int group, const Shared& share
   const bool finishes = kRoles != Roles::kChannels || group == 1;  // has results
   constexpr int kStep = kRoles == Roles::kTiles ? 2 : 1;
   const uint32_t out = shared.template Out<kRoles>(group), sums = shared.Sums() + thread * 16;
-  const Part part(g.tiles);
   if (group == 1) ptx::NamedBarrierArrive(others_turn, 256);
   {
     const int t = part.begin + (kRoles == Roles::kTiles ? group : 0);
-    if (g.masked && finishes && thread == 0 && t < part.end) LoadMask<kCols>(g, t, group, out, shared.Masked(group));
+    if (masked && finishes && thread == 0 && t < part.end) LoadMask<kCols>(g, t, place, out, shared.Masked(group));
   }
   Ring<kSlots<kRoles>> ring;  // at the tile's first rows
   uint32_t mask_parity = 0;
@@ -312,22 +328,24 @@ __device__ void Multiply(const StationaryArgs& g, int group, const Shared& share
       }
       if (t + 1 < part.end) ptx::NamedBarrierArrive(kSumsEmpty, 256);
     }
-    if (g.masked) {
+    if (masked) {
       ptx::BarrierWait(shared.Masked(group), mask_parity);
       mask_parity ^= 1;
     } else {
       ptx::NamedBarrier(own, 128);  // the last tile's results have left shared memory
     }
-    PutTogether<T, kCols, kPooled>(g, sum, bias, out);
+    PutTogether<T, kCols, kPooled>(g, sum, bias, masked, out);
     ptx::StoreFence();
     ptx::NamedBarrier(own, 128);
     if (thread == 0) {
       const Tile tile(g, t);
-      ptx::StoreTile4D(&g.result[group], out, g.result_channel[group], tile.strip * kCols, tile.pair * 2, tile.image);
-      if (kPooled) ptx::StoreTile4D(&g.pooled, out + kOut, 0, tile.strip * (kCols / 2), tile.pair, tile.image);
+      ptx::StoreTile4D(&g.result[place.array], out, place.channel, tile.strip * kCols, tile.pair * 2, tile.image);
+      if (kPooled) {
+        ptx::StoreTile4D(&g.pooled, out + kOut, part.slice * 64, tile.strip * (kCols / 2), tile.pair, tile.image);
+      }
       ptx::StoreCommit();
       ptx::StoreWaitRead();
-      if (g.masked && t + kStep < part.end) LoadMask<kCols>(g, t + kStep, group, out, shared.Masked(group));
+      if (masked && t + kStep < part.end) LoadMask<kCols>(g, t + kStep, place, out, shared.Masked(group));
     }
     __syncwarp();
   }

@@ -67,7 +67,7 @@ __device__ void Load(const UpsamplingArgs& g, const Shared& shared) {
   }
   ptx::BarrierWait(shared.WeightsRead(), 0);
   Ring ring;
-  const stationary::Part part(g.tiles);
+  const stationary::Part part(g.tiles, 1);
   for (int t = part.begin; t < part.end; ++t) {
     const Tile tile(g, t);
     for (int row = t == part.begin || tile.row == 0 ? -1 : 0; row <= 0; ++row, ++ring.count) {
@@ -140,7 +140,7 @@ __device__ void Multiply(const UpsamplingArgs& g, int group, const Shared& share
   constexpr int kSumsFull = 5, kSumsEmpty = 7;  // and the next, of the second warpgroup
   if (group == 1) ptx::NamedBarrierArrive(others_turn, 256);
   Ring ring;  // at the row above the tile's
-  const stationary::Part part(g.tiles);
+  const stationary::Part part(g.tiles, 1);
   for (int t = part.begin; t < part.end; ++t, ++ring.count) {
     const Tile at(g, t);
     const bool first = t == part.begin || at.row == 0;
