@@ -349,8 +349,10 @@ def _two_levels(image, *kernels):
 def test_a_skip_passes_no_zeros_back(side):
     shapes = [(2, side, side, 3), (3, 3, 3, 8), (3, 3, 8, 8), (3, 3, 8, 8), (3, 3, 16, 8)]
     arrays = [tf.constant(normal(seed, *shape, scale=0.2)) for seed, shape in enumerate(shapes)]
-    pooled, *_ = _gradient_ops(_two_levels, *arrays)
-    assert pooled.inputs[0].op.type == "UnetFastConv2DBiasReluGrad" and pooled.get_attr("dy_is_masked")
+    pooled, low, _, expanding = _gradient_ops(_two_levels, *arrays)
+    assert pooled.inputs[0].op.type == "UnetFastConv2DBiasReluGrad"
+    # The gradient of a convolution that pools masks whatever comes back: its consumers need not.
+    assert [op.get_attr("mask_dx") for op in (low, expanding)] == [False, True] and not expanding.get_attr("mask_dskip")
     assert pooled.inputs[0].shape == (2, 12, 12, 8) and pooled.inputs[2].shape == (2, side - 2, side - 2, 8)
     compiled = tf.function(_two_levels, jit_compile=True)
     hlo = compiled.experimental_get_compiler_ir(*arrays)(stage="optimized_hlo")

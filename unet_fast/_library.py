@@ -1,6 +1,7 @@
 """Loads the native op library once, and says why where that fails. Importing this module never fails."""
 
 import functools
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ class Status(NamedTuple):
 
 class UnavailableError(ImportError):
     """An op was called whose native library could not be loaded."""
+
+
+_ENGINES = ("auto", "sm90", "cudnn", "wmma")
 
 
 def _minor(version):
@@ -35,6 +39,9 @@ def _load():
             f"built for TensorFlow {_minor(_native.tensorflow_version)}, found {tf.__version__}; reinstall unet_fast "
             f"beside this TensorFlow, or `pip install 'tensorflow=={_minor(_native.tensorflow_version)}.*'`"
         )
+    engine = os.environ.get("UNET_FAST_ENGINE", "auto")  # read by csrc/kernels/conv/tuning.cu
+    if engine not in _ENGINES:
+        return None, f"UNET_FAST_ENGINE: expected {', '.join(_ENGINES[:-1])} or {_ENGINES[-1]}, got {engine!r}"
     path = pathlib.Path(__file__).with_name("_ops.so")
     try:
         return tf.load_op_library(str(path)), None

@@ -1,9 +1,12 @@
 """Keras layers on the fused ops, drop-in for `keras.layers.Conv2D` and `Conv2DTranspose`."""
 
+import contextlib
 import os
+import threading
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.variables import AutocastScope  # not public; Keras has no other way past its own casts
 
 from unet_fast import _library, ops, reference
 from unet_fast.errors import UserError
@@ -81,8 +84,59 @@ def unwrapped(error):
     return error
 
 
+_together = threading.local()  # .weights: what `weights_cast_together` has cast in this thread, by the layer's id
+
+
+@contextlib.contextmanager
+def weights_cast_together(layers):
+    """Within it, fused layers find their weights cast to their compute dtype already, all in one kernel.
+
+    The weights of a network are some fifty small arrays, which mixed precision otherwise casts one by one.
+
+    Args:
+        layers: layers of a model; those that compute in float16 or bfloat16 on the fused ops are taken.
+
+    >>> import keras
+    >>> from unet_fast.layers import FusedConv2D, weights_cast_together
+    >>> layer = FusedConv2D(4, 3, activation="relu", dtype="mixed_float16")
+    >>> layer.build((None, 8, 8, 1))
+    >>> with weights_cast_together([layer]):
+    ...     layer(keras.ops.ones((1, 8, 8, 1))).dtype.name
+    'float16'
+    """
+    by_dtype = {}
+    for layer in layers:
+        if isinstance(layer, FusedConv2D | FusedConv2DTranspose) and layer.compute_dtype in GPU_DTYPES:
+            if layer.variable_dtype == "float32" and layer.on_fused_op:
+                by_dtype.setdefault(layer.compute_dtype, []).append(layer)
+    weights = {}
+    for dtype, taken in by_dtype.items():
+        with AutocastScope(None):  # the variables as they are
+            tensors = [tf.convert_to_tensor(value) for layer in taken for value in (layer.kernel, layer.bias)]
+        cast = iter(ops.cast(tensors, dtype))
+        weights |= {id(layer): (next(cast), next(cast)) for layer in taken}
+    outer, _together.weights = getattr(_together, "weights", {}), weights
+    try:
+        yield
+    finally:
+        _together.weights = outer
+
+
+def _weights(layer):
+    """Kernel and bias in the layer's compute dtype."""
+    cast = getattr(_together, "weights", {}).get(id(layer))
+    return cast or [keras.ops.cast(value, layer.compute_dtype) for value in (layer.kernel, layer.bias)]
+
+
+class _OnFusedOp:
+    @property
+    def on_fused_op(self):
+        """Whether the layer, called here, runs on the fused op."""
+        return self._obstacle is None and use_fused(self.backend, self.compute_dtype, on_cpu=self.fused_on_cpu)
+
+
 @keras.saving.register_keras_serializable(package="unet_fast")
-class FusedConv2D(keras.layers.Conv2D):
+class FusedConv2D(_OnFusedOp, keras.layers.Conv2D):
     """`keras.layers.Conv2D` in one kernel: concatenation, convolution, bias, ReLU and 2x2 max pooling.
 
     Serves 3x3 and 1x1 kernels of stride 1 with a bias and ReLU or no activation, in float32, float16 and bfloat16;
@@ -149,11 +203,10 @@ class FusedConv2D(keras.layers.Conv2D):
 
     def call(self, inputs):
         x, skip = _pair(inputs)
-        if self._obstacle is None and use_fused(self.backend, self.compute_dtype, on_cpu=self.fused_on_cpu):
+        if self.on_fused_op:
             return ops.conv2d_bias_relu(
                 x,
-                keras.ops.cast(self.kernel, self.compute_dtype),
-                keras.ops.cast(self.bias, self.compute_dtype),
+                *_weights(self),
                 skip,
                 padding=self.padding,
                 activation=keras.activations.serialize(self.activation),
@@ -198,7 +251,7 @@ class FusedConv2D(keras.layers.Conv2D):
 
 
 @keras.saving.register_keras_serializable(package="unet_fast")
-class FusedConv2DTranspose(keras.layers.Conv2DTranspose):
+class FusedConv2DTranspose(_OnFusedOp, keras.layers.Conv2DTranspose):
     """`keras.layers.Conv2DTranspose` in one kernel: transposed convolution, bias and ReLU.
 
     Serves 3x3 and 2x2 kernels of stride 2 with "same" padding, a bias and ReLU or no activation, in float32, float16
@@ -242,11 +295,10 @@ class FusedConv2DTranspose(keras.layers.Conv2DTranspose):
         )
 
     def call(self, inputs):
-        if self._obstacle is None and use_fused(self.backend, self.compute_dtype, on_cpu=self.fused_on_cpu):
+        if self.on_fused_op:
             return ops.conv2d_transpose_bias_relu(
                 inputs,
-                keras.ops.cast(self.kernel, self.compute_dtype),
-                keras.ops.cast(self.bias, self.compute_dtype),
+                *_weights(self),
                 activation=keras.activations.serialize(self.activation),
             )
         return super().call(inputs)

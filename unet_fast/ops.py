@@ -103,6 +103,30 @@ def conv2d_transpose_bias_relu(x, kernel, bias, *, activation="relu"):
     return _library.raw_ops().unet_fast_conv2d_transpose_bias_relu(**tensors, activation=_activation(op, activation))
 
 
+def cast(tensors, dtype):
+    """float32 tensors to a 16-bit type, all in one kernel on a GPU.
+
+    Args:
+        tensors: list of float32 tensors of any shapes, such as the weights of a network.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        list of tensors of that type, rounded to the nearest.
+
+    >>> import tensorflow as tf
+    >>> from unet_fast import ops
+    >>> [y.dtype.name for y in ops.cast([tf.ones(3), tf.ones((2, 2))], "float16")]
+    ['float16', 'float16']
+    """
+    tensors, dtype = [tf.convert_to_tensor(tensor) for tensor in tensors], tf.as_dtype(dtype)
+    if dtype not in DTYPES[1:] or any(tensor.dtype != tf.float32 for tensor in tensors):
+        got = ", ".join(sorted({tensor.dtype.name for tensor in tensors}))
+        raise UserError(
+            f"cast: expected float32 tensors and float16 or bfloat16 to cast them to, got {got} and {dtype.name}"
+        )
+    return _library.raw_ops().unet_fast_cast(x=tensors, T=dtype) if tensors else []
+
+
 def max_pool2d(x):
     """2x2 max pooling with stride 2; a last odd row or column is left out.
 
@@ -246,14 +270,21 @@ def _arrives_masked(dy, y):
     if producer.type == "UnetFastConv2DBiasReluGrad":
         first = 2 + producer.get_attr("num_pooled")
         gradients = [0] * producer.get_attr("num_dx") + [1] * producer.get_attr("num_dskip")
+        masks = [producer.get_attr("mask_dx"), producer.get_attr("mask_dskip")]
     elif producer.type == "UnetFastConv2DTransposeBiasReluGrad":
-        first, gradients = 2, [0] * producer.get_attr("num_dx")
+        first, gradients, masks = 2, [0] * producer.get_attr("num_dx"), [producer.get_attr("input_is_relu")]
     else:
         return False
-    if not producer.get_attr("input_is_relu") or dy.value_index >= len(gradients):
+    if dy.value_index >= len(gradients) or not masks[gradients[dy.value_index]]:
         return False
     masked_by = producer.inputs[first + gradients[dy.value_index]]
     return masked_by.graph is y.graph and masked_by.name == y.name
+
+
+def _masks_anyway(tensor):
+    """Whether a tensor of a graph comes from a convolution that also pools, whose gradient masks in any case."""
+    producer = tensor.op if tf.is_symbolic_tensor(tensor) else None
+    return producer is not None and producer.type == "UnetFastConv2DBiasRelu" and producer.get_attr("num_pooled") > 0
 
 
 def _wanted(op, index):
@@ -277,7 +308,8 @@ def _conv2d_bias_relu_grad(op, dy, *dpooled):
         num_dskip=int(any(wanted[1:])),
         padding=op.get_attr("padding"),
         activation=op.get_attr("activation"),
-        input_is_relu=op.get_attr("input_is_relu"),
+        mask_dx=op.get_attr("input_is_relu") and not _masks_anyway(x),
+        mask_dskip=bool(skip) and op.get_attr("input_is_relu") and not _masks_anyway(*skip),
         dy_is_masked=_arrives_masked(dy, op.outputs[0]),
     )
     gradients = [dx[0] if dx else None]
@@ -305,6 +337,13 @@ def _conv2d_transpose_bias_relu_grad(op, dy):
 @tf.RegisterGradient("UnetFastMaxPool2D")
 def _max_pool2d_grad(op, dy):
     return _library.raw_ops().unet_fast_max_pool2d_grad(x=op.inputs[0], dy=dy)
+
+
+@tf.RegisterGradient("UnetFastCast")
+def _cast_grad(op, *dy):
+    del op
+    # Stock casts: XLA fuses them into what reads them, the optimizer.
+    return [tf.cast(gradient, tf.float32) for gradient in dy]
 
 
 @tf.RegisterGradient("UnetFastDiceCrossEntropy")

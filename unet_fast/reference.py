@@ -74,6 +74,24 @@ def conv2d_transpose_bias_relu(x, kernel, bias, *, activation="relu"):
     return _activate(tf.nn.bias_add(y, bias), activation)
 
 
+def cast(tensors, dtype):
+    """float32 tensors to a 16-bit type.
+
+    Args:
+        tensors: list of float32 tensors of any shapes.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        list of tensors of that type, rounded to the nearest.
+
+    >>> import tensorflow as tf
+    >>> from unet_fast import reference
+    >>> [y.dtype.name for y in reference.cast([tf.ones(3)], "bfloat16")]
+    ['bfloat16']
+    """
+    return [tf.cast(tensor, dtype) for tensor in tensors]
+
+
 def max_pool2d(x):
     """2x2 max pooling with stride 2; an odd last row or column is left out.
 

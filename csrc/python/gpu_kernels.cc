@@ -8,6 +8,7 @@
 
 #include <pybind11/stl.h>
 
+#include "cast/gpu.h"
 #include "conv/gpu.h"
 #ifdef UNET_FAST_SM90
 #include "conv/sm90/config.h"
@@ -76,7 +77,9 @@ void BindGpuKernels(py::module_& m) {
       .def_readwrite("same", &Conv2DProblem::same)
       .def_readwrite("relu", &Conv2DProblem::relu)
       .def_readwrite("pool", &Conv2DProblem::pool)
-      .def_readwrite("input_is_relu", &Conv2DProblem::input_is_relu)
+      .def_readwrite("mask_dx", &Conv2DProblem::mask_dx)
+      .def_readwrite("mask_dskip", &Conv2DProblem::mask_dskip)
+      .def_property("input_is_relu", nullptr, [](Conv2DProblem& p, bool v) { p.mask_dx = p.mask_dskip = v; })
       .def_readwrite("dy_is_masked", &Conv2DProblem::dy_is_masked);
 
   py::class_<Conv2DTransposeProblem>(m, "Conv2DTransposeProblem", "Sizes and flags, see csrc/kernels/conv/problem.h.")
@@ -207,6 +210,15 @@ void BindGpuKernels(py::module_& m) {
       },
       py::arg("stream"), py::arg("dtype"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("x"),
       py::arg("dy"), py::arg("dx"));
+
+  m.def(
+      "cast",
+      [](Address stream, const std::string& dtype, const std::vector<std::tuple<Address, Address, int64_t>>& arrays) {
+        std::vector<gpu::CastArray> list;
+        for (const auto& [from, to, elements] : arrays) list.push_back({Pointer(from), Pointer(to), elements});
+        Check(gpu::Cast(Pointer(stream), ToDType(dtype), list));
+      },
+      py::arg("stream"), py::arg("dtype"), py::arg("arrays"), "arrays: (float32 from, to, elements) each.");
 
   m.def(
       "dice_cross_entropy",

@@ -150,7 +150,8 @@ template <bool kGpu>
 class Grad : public Base {
  public:
   explicit Grad(OpKernelConstruction* c) : Base(c) {
-    OP_REQUIRES_OK(c, c->GetAttr("input_is_relu", &flags_.input_is_relu));
+    OP_REQUIRES_OK(c, c->GetAttr("mask_dx", &flags_.mask_dx));
+    OP_REQUIRES_OK(c, c->GetAttr("mask_dskip", &flags_.mask_dskip));
     OP_REQUIRES_OK(c, c->GetAttr("dy_is_masked", &flags_.dy_is_masked));
     OP_REQUIRES_OK(c, c->GetAttr("num_dx", &num_dx_));
     OP_REQUIRES_OK(c, c->GetAttr("num_dskip", &num_dskip_));
@@ -227,7 +228,8 @@ REGISTER_OP("UnetFastConv2DBiasReluGrad")
     .Attr("num_dskip: int >= 0 = 0")
     .Attr("padding: {'valid', 'same'} = 'valid'")
     .Attr("activation: {'relu', 'linear'} = 'relu'")
-    .Attr("input_is_relu: bool = false")
+    .Attr("mask_dx: bool = false")
+    .Attr("mask_dskip: bool = false")
     .Attr("dy_is_masked: bool = false")
     .SetShapeFn(GradShape);
 

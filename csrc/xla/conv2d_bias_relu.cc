@@ -15,7 +15,6 @@ class Base : public tensorflow::XlaOpKernel {
     OP_REQUIRES_OK(c, c->GetAttr("activation", &activation));
     OP_REQUIRES_OK(c, c->GetAttr("num_skip", &num_skip_));
     OP_REQUIRES_OK(c, c->GetAttr("num_pooled", &num_pooled_));
-    OP_REQUIRES_OK(c, c->GetAttr("input_is_relu", &flags_.input_is_relu));
     flags_.same = padding == "same";
     flags_.relu = activation == "relu";
     flags_.pool = num_pooled_ == 1;
@@ -39,8 +38,7 @@ class Base : public tensorflow::XlaOpKernel {
         .Int("same", flags_.same)
         .Int("relu", flags_.relu)
         .Int("num_skip", num_skip_)
-        .Int("num_pooled", num_pooled_)
-        .Int("input_is_relu", flags_.input_is_relu);
+        .Int("num_pooled", num_pooled_);
   }
   Conv2DProblem flags_;
   int num_skip_ = 0, num_pooled_ = 0;
@@ -70,6 +68,8 @@ class Grad : public Base {
     OP_REQUIRES_OK(c, c->GetAttr("num_dx", &num_dx_));
     OP_REQUIRES_OK(c, c->GetAttr("num_dskip", &num_dskip_));
     OP_REQUIRES_OK(c, c->GetAttr("dy_is_masked", &flags_.dy_is_masked));
+    OP_REQUIRES_OK(c, c->GetAttr("mask_dx", &flags_.mask_dx));
+    OP_REQUIRES_OK(c, c->GetAttr("mask_dskip", &flags_.mask_dskip));
   }
   void Compile(tensorflow::XlaOpKernelContext* c) override {
     Conv2DProblem p;
@@ -88,7 +88,12 @@ class Grad : public Base {
     if (for_gpu_) results.push_back(Workspace(gpu::Conv2DBiasReluGradWorkspaceBytes(p)));
 #endif
     EmitCustomCall(c, "unet_fast_conv2d_bias_relu_grad",
-                   Flags().Int("num_dx", num_dx_).Int("num_dskip", num_dskip_).Int("dy_is_masked", flags_.dy_is_masked),
+                   Flags()
+                       .Int("num_dx", num_dx_)
+                       .Int("num_dskip", num_dskip_)
+                       .Int("dy_is_masked", flags_.dy_is_masked)
+                       .Int("mask_dx", flags_.mask_dx)
+                       .Int("mask_dskip", flags_.mask_dskip),
                    results);
   }
 

@@ -81,9 +81,12 @@ ffi::Error ForwardGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets 
   Cursor at(args, rets);
   Conv2DTransposeProblem p;
   Conv2DTransposeForward data;
-  const std::string error = ReadForward(&at, relu, &p, &data);
+  std::string error = ReadForward(&at, relu, &p, &data);
   if (!error.empty()) return ToError(kOp, error);
-  return GpuError(kOp, gpu::Conv2DTransposeBiasRelu(stream, p, data, at.Ret()));
+  void* workspace;
+  error = at.Workspace(gpu::Conv2DTransposeBiasReluWorkspaceBytes(p), &workspace);
+  if (!error.empty()) return ToError(kOp, error);
+  return GpuError(kOp, gpu::Conv2DTransposeBiasRelu(stream, p, data, workspace));
 }
 
 ffi::Error GradGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t relu, int64_t num_dx,
@@ -91,9 +94,12 @@ ffi::Error GradGpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets ret
   Cursor at(args, rets);
   Conv2DTransposeProblem p;
   Conv2DTransposeGradient data;
-  const std::string error = ReadGrad(&at, relu, num_dx, input_is_relu, dy_is_masked, &p, &data);
+  std::string error = ReadGrad(&at, relu, num_dx, input_is_relu, dy_is_masked, &p, &data);
   if (!error.empty()) return ToError(kGradOp, error);
-  return GpuError(kGradOp, gpu::Conv2DTransposeBiasReluGrad(stream, p, data, at.Ret()));
+  void* workspace;
+  error = at.Workspace(gpu::Conv2DTransposeBiasReluGradWorkspaceBytes(p), &workspace);
+  if (!error.empty()) return ToError(kGradOp, error);
+  return GpuError(kGradOp, gpu::Conv2DTransposeBiasReluGrad(stream, p, data, workspace));
 }
 
 UNET_FAST_DEFINE_GPU_HANDLER(kForwardCuda, ForwardGpu, UNET_FAST_TRANSPOSE_BINDING(FfiStream));

@@ -50,6 +50,16 @@ class Cursor {
   Cursor(ffi::RemainingArgs args, ffi::RemainingRets rets) : args_(args), rets_(rets) {}
   ffi::AnyBuffer Arg() { return *args_.get<ffi::AnyBuffer>(arg_++); }
   void* Ret() { return (*rets_.get<ffi::AnyBuffer>(ret_++))->untyped_data(); }
+  // The last result, reserved when the program was compiled. It may be too small for another kind of GPU than that was
+  // compiled on.
+  std::string Workspace(size_t needed, void** workspace) {
+    ffi::Result<ffi::AnyBuffer> buffer = *rets_.get<ffi::AnyBuffer>(ret_++);
+    *workspace = buffer->untyped_data();
+    const size_t reserved = buffer->element_count();
+    if (needed <= reserved) return "";
+    return "expected a workspace of " + std::to_string(needed) + " bytes, got " + std::to_string(reserved) +
+           ": the program was compiled for another GPU; compile it on this one";
+  }
 
  private:
   ffi::RemainingArgs args_;

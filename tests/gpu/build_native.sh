@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 
 newest=$(find csrc/kernels csrc/python -type f -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2-)
-folders=(csrc/kernels/conv/*.cu csrc/kernels/conv/wmma csrc/kernels/pool csrc/kernels/loss)
+folders=(csrc/kernels/conv/*.cu csrc/kernels/conv/wmma csrc/kernels/pool csrc/kernels/loss csrc/kernels/cast)
 flags="-std=c++17 -O3 -Icsrc/kernels -gencode arch=compute_$arch,code=sm_$arch -Xcompiler -fPIC -DUNET_FAST_FINGERPRINT='\"kernels\"'"
 if [[ "$arch" == 90a ]]; then
   folders+=(csrc/kernels/conv/sm90)

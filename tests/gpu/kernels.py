@@ -136,6 +136,13 @@ def conv2d_transpose_bias_relu_grad(dy, y, x, kernel, *, relu=True, dx=True, dy_
     return [out.checked() if out else None for out in outputs]
 
 
+def cast(tensors, dtype):
+    outputs = [Output(t.shape, dtype) for t in tensors]
+    arrays = [(_address(t), _address(y.tensor), t.numel()) for t, y in zip(tensors, outputs, strict=True)]
+    native.cast(_stream(), _NAMES[dtype], arrays)
+    return [y.checked() for y in outputs]
+
+
 def max_pool2d(x):
     n, h, w, c = x.shape
     y = Output((n, h // 2, w // 2, c), x.dtype)

@@ -213,6 +213,16 @@ def max_pool2d(kernels, n, h, w, c):
     return run
 
 
+def cast(kernels, *sizes):
+    """A case: float32 arrays of these sizes to the 16-bit type."""
+
+    def run(arrays):
+        pairs = [(arrays.array(np.ones(n, np.float32)), arrays.output(n), n) for n in sizes]
+        kernels.cast(STREAM, arrays.dtype, pairs)
+
+    return run
+
+
 def dice_cross_entropy(kernels, batch, pixels, classes, label_type, **flags):
     """A case: the loss and its gradient."""
 
@@ -262,6 +272,7 @@ def cases(kernels):
             for pool in (False, True):
                 name = f"sm90, tile {i}, many channels, {'pool' if pool else 'no pool'}"
                 add(name, conv2d, (1, 9, 12), 200, 72, pool=pool, choices=choices)
+    add("uneven", cast, 1, 64, 8193, 40000)
     both = {"input_is_relu": True, "dy_is_masked": True}
     add("narrow", conv2d, (2, 9, 50), 64, 64, **both)
     add("narrow, pool", conv2d, (1, 11, 58), 64, 40, same=True, pool=True, input_is_relu=True)

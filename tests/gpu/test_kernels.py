@@ -254,6 +254,16 @@ def test_ties_go_to_the_first_maximum():
     assert torch.equal(dbias.float(), expected.sum((0, 1, 2)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cast_is_torchs(dtype):
+    # More arrays than a launch takes; none, one and many blocks of them, ends of every kind; what overflows float16.
+    sizes = [0, 1, 7, 8, 9, 64, 8191, 8192, 8193, 100000] + [3] * 150
+    tensors = [torch.randn(n, device="cuda") * 10.0 ** (i % 7 - 2) for i, n in enumerate(sizes)]
+    tensors[5][:3] = torch.tensor([float("inf"), float("nan"), 1e6], device="cuda")
+    for got, x in zip(kernels.cast(tensors, dtype), tensors, strict=True):
+        torch.testing.assert_close(got, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @both
 @pytest.mark.parametrize("shape", [(2, 8, 10, 64), (3, 7, 9, 8), (2, 5, 6, 3), (1, 1, 4, 8)])
 def test_max_pool2d(dtype, shape):

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from unet_fast.errors import UserError
 from unet_fast.layers import (
+    weights_cast_together,
     CenterCrop,
     FusedConv2D,
     FusedConv2DTranspose,
@@ -99,7 +100,8 @@ class FusedUNet(keras.Model):
         for layer in self.layers:
             if isinstance(layer, FusedConv2D | FusedConv2DTranspose):
                 layer.fused_on_cpu = self._fused_on_cpu
-        return super().call(inputs, training=training, mask=mask)
+        with weights_cast_together(self.layers):
+            return super().call(inputs, training=training, mask=mask)
 
     @property
     def uses_fused_ops(self):

@@ -70,11 +70,11 @@ GemmArgs Dgrad(const Conv2DProblem& p, const Conv2DGradient& d, const void* dz) 
   g.batch = p.batch, g.out_h = p.height, g.out_w = p.width;
   g.taps[0] = Taps(p, /*backwards=*/true);
   // Only the columns that are wanted.
-  g.result[0] = d.dx != nullptr ? Result(XSource(p, d.x), d.dx, p.input_is_relu ? d.x : nullptr) : GemmResult{};
+  g.result[0] = d.dx != nullptr ? Result(XSource(p, d.x), d.dx, p.mask_dx ? d.x : nullptr) : GemmResult{};
   if (d.dskip != nullptr && p.skip_channels > 0) {
     const GemmSource skip = SkipSource(p, d.skip);
     g.results = 2;
-    g.result[1] = Result(DskipSource(p, d.dskip), d.dskip, p.input_is_relu ? skip.data : nullptr);
+    g.result[1] = Result(DskipSource(p, d.dskip), d.dskip, p.mask_dskip ? skip.data : nullptr);
     g.mask_image_stride = skip.image_stride, g.mask_row_stride = skip.row_stride;
   }
   g.n = (d.dx != nullptr ? p.channels : 0) + (d.dskip != nullptr ? p.skip_channels : 0);

@@ -220,7 +220,7 @@ __global__ __launch_bounds__(kThreads, 2) void GradKernel(const __grid_constant_
 KernelArgs Arguments(const Conv2DProblem& p) {
   KernelArgs k = {};
   k.pixels = static_cast<uint32_t>(p.batch * p.height * p.width), k.channels = p.channels, k.filters = p.filters;
-  k.relu = p.relu, k.mask = p.input_is_relu;
+  k.relu = p.relu, k.mask = p.mask_dx;
   return k;
 }
 

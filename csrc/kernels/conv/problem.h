@@ -29,7 +29,8 @@ struct Conv2DProblem {
   bool same = false;           // padding: zeros around x so that y has its size; else none
   bool relu = true;            // activation
   bool pool = false;           // also give the 2x2 max pool of y
-  bool input_is_relu = false;  // gradient: x and skip are ReLU outputs, so mask dx and dskip by x > 0 and skip > 0
+  // Gradient: mask dx by x > 0 and dskip by skip > 0, which are ReLU outputs; needless where their producer does it.
+  bool mask_dx = false, mask_dskip = false;
   bool dy_is_masked = false;   // gradient: dy is known to be zero wherever y <= 0, so it need not be masked
 
   int64_t pad() const { return same ? kernel_size / 2 : 0; }

@@ -46,14 +46,14 @@ void ScatterInputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2D
                           const float* dinput) {
   // `input` is [batch, h, w, c], of which the convolution sees the part at (top, left).
   const auto scatter = [&](const void* input, void* target, int64_t h, int64_t w, int64_t c, int64_t top, int64_t left,
-                           int64_t channel) {
+                           int64_t channel, bool masked) {
     if (target == nullptr || c == 0) return;
     const int64_t count = p.width * c;
     ParallelFor(pool, n * p.height, [&](int64_t row) {
       std::vector<float> out(count), mask;
       const float* source = dinput + row * p.width * p.in_channels() + channel;
       for (int64_t j = 0; j < p.width; ++j) std::copy_n(source + j * p.in_channels(), c, out.data() + j * c);
-      if (p.input_is_relu) {
+      if (masked) {
         mask.resize(count);
         const int64_t input_row = (first + row / p.height) * h + top + row % p.height;
         GetPrimitives().to_float(At(input, p.dtype, (input_row * w + left) * c), p.dtype, mask.data(), count);
@@ -62,8 +62,9 @@ void ScatterInputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2D
       GetPrimitives().from_float(out.data(), p.dtype, At(target, p.dtype, (first * p.height + row) * count), count);
     });
   };
-  scatter(d.x, d.dx, p.height, p.width, p.channels, 0, 0, 0);
-  scatter(d.skip, d.dskip, p.skip_height, p.skip_width, p.skip_channels, p.crop_top(), p.crop_left(), p.channels);
+  scatter(d.x, d.dx, p.height, p.width, p.channels, 0, 0, 0, p.mask_dx);
+  scatter(d.skip, d.dskip, p.skip_height, p.skip_width, p.skip_channels, p.crop_top(), p.crop_left(), p.channels,
+          p.mask_dskip);
 }
 
 // How the gradient of one problem is computed.
@@ -130,7 +131,7 @@ void InputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradien
   if (d.dx != nullptr) {
     const int64_t offset = first * p.height * p.width * p.channels;
     a.y = View<float>::Contiguous(static_cast<float*>(d.dx) + offset, p.height, p.width, p.channels);
-    if (p.input_is_relu) {
+    if (p.mask_dx) {
       a.mask = View<const float>::Contiguous(static_cast<const float*>(d.x) + offset, p.height, p.width, p.channels);
     }
     Conv(pool, a);
@@ -140,7 +141,7 @@ void InputGradient(ThreadPool& pool, const Conv2DProblem& p, const Conv2DGradien
     a.kernel += p.channels;
     a.y = View<float>::Contiguous(dskip, p.height, p.width, p.skip_channels);
     a.mask = {};
-    if (p.input_is_relu) {
+    if (p.mask_dskip) {
       const int64_t offset = first * p.skip_height * p.skip_width * p.skip_channels;
       a.mask = CroppedSkip(p, static_cast<const float*>(d.skip) + offset);
     }
