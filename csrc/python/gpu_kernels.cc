@@ -10,6 +10,9 @@
 
 #include "cast/gpu.h"
 #include "conv/gpu.h"
+#ifdef UNET_FAST_CUDNN
+#include "conv/cudnn/engine.h"
+#endif
 #ifdef UNET_FAST_SM90
 #include "conv/sm90/config.h"
 #endif
@@ -132,6 +135,9 @@ void BindGpuKernels(py::module_& m) {
   engines["wmma"] = py::make_tuple(gpu::wmma::kGemmTileCount, gpu::wmma::kWgradTileCount);
 #ifdef UNET_FAST_SM90
   engines["sm90"] = py::make_tuple(gpu::sm90::kGemmConfigCount, gpu::sm90::kWgradConfigCount);
+#endif
+#ifdef UNET_FAST_CUDNN
+  engines["cudnn"] = py::make_tuple(gpu::cudnn::kPlans, gpu::cudnn::kPlans);
 #endif
   m.attr("engines") = engines;
 
