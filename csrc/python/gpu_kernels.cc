@@ -11,7 +11,7 @@
 #include "cast/gpu.h"
 #include "conv/gpu.h"
 #ifdef UNET_FAST_CUDNN
-#include "conv/cudnn/engine.h"
+#include "conv/cudnn/config.h"
 #endif
 #ifdef UNET_FAST_SM90
 #include "conv/sm90/config.h"

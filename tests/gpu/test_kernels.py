@@ -254,7 +254,18 @@ def test_ties_go_to_the_first_maximum():
     assert torch.equal(dbias.float(), expected.sum((0, 1, 2)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def test_cudnn_plans_what_a_unet_consists_of():
+    # Its filters are reordered in the workspace, which no other engine needs in a forward pass.
+    choices, x = kernels.tuning(engine="cudnn"), torch.empty(2, 30, 30, 64, device="cuda", dtype=torch.float16)
+    skip, kernel = torch.empty(2, 34, 34, 64, device="cuda", dtype=torch.float16), torch.empty(3, 3, 128, 64)
+    for pool in (False, True):
+        p = kernels.conv2d_problem(x, kernel, skip, pool=pool)
+        assert kernels.native.conv2d_bias_relu_workspace_bytes(p, choices) > 2 * kernel.numel()
+    p = kernels.transpose_problem(x, torch.empty(2, 2, 32, 64), relu=True)
+    assert kernels.native.conv2d_transpose_bias_relu_workspace_bytes(p, choices) > 0
+
+
+@both
 def test_cast_is_torchs(dtype):
     # More arrays than a launch takes; none, one and many blocks of them, ends of every kind; what overflows float16.
     sizes = [0, 1, 7, 8, 9, 64, 8191, 8192, 8193, 100000] + [3] * 150

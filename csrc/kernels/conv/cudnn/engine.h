@@ -11,8 +11,6 @@
 
 namespace unet_fast::gpu::cudnn {
 
-constexpr int kPlans = 4;  // of what its heuristic proposes, that are worth a measurement
-
 // Bytes of workspace, or -1 where cuDNN does not serve the product, or there is no cuDNN or no device. The arrays that
 // `args` names are not touched; it matters alone which there are. `config`: which of the plans that cuDNN's heuristic
 // proposes, in its order, -1 for the first that works; those that would not be the same to the bit run after run, or
