@@ -254,6 +254,7 @@ def test_ties_go_to_the_first_maximum():
     assert torch.equal(dbias.float(), expected.sum((0, 1, 2)))
 
 
+@pytest.mark.skipif("cudnn" not in kernels.native.engines, reason="built without the cudnn engine")
 def test_cudnn_plans_what_a_unet_consists_of():
     # Its filters are reordered in the workspace, which no other engine needs in a forward pass.
     choices, x = kernels.tuning(engine="cudnn"), torch.empty(2, 30, 30, 64, device="cuda", dtype=torch.float16)
