@@ -28,7 +28,9 @@ def test_equal_to_stock_casts_forward_and_backward(dtype, jit):
         return outputs, tape.gradient(total, inputs[:5])
 
     inputs = tensors()
-    fused = tf.function(lambda *x: run(ops.cast, list(x)), jit_compile=True) if jit else lambda *x: run(ops.cast, list(x))
+    fused = (
+        tf.function(lambda *x: run(ops.cast, list(x)), jit_compile=True) if jit else lambda *x: run(ops.cast, list(x))
+    )
     for got, expected in zip(fused(*inputs), run(reference.cast, inputs), strict=True):
         for a, b in zip(got, expected, strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape

@@ -128,15 +128,12 @@ def _weights(layer):
     return cast or [keras.ops.cast(value, layer.compute_dtype) for value in (layer.kernel, layer.bias)]
 
 
-class _OnFusedOp:
-    @property
-    def on_fused_op(self):
-        """Whether the layer, called here, runs on the fused op."""
-        return self._obstacle is None and use_fused(self.backend, self.compute_dtype, on_cpu=self.fused_on_cpu)
+def _on_fused_op(layer):
+    return layer._obstacle is None and use_fused(layer.backend, layer.compute_dtype, on_cpu=layer.fused_on_cpu)
 
 
 @keras.saving.register_keras_serializable(package="unet_fast")
-class FusedConv2D(_OnFusedOp, keras.layers.Conv2D):
+class FusedConv2D(keras.layers.Conv2D):
     """`keras.layers.Conv2D` in one kernel: concatenation, convolution, bias, ReLU and 2x2 max pooling.
 
     Serves 3x3 and 1x1 kernels of stride 1 with a bias and ReLU or no activation, in float32, float16 and bfloat16;
@@ -180,6 +177,8 @@ class FusedConv2D(_OnFusedOp, keras.layers.Conv2D):
             raise UserError(
                 "expected data_format='channels_last' with pool=True, got 'channels_first'; pool in a layer of its own"
             )
+
+    on_fused_op = property(_on_fused_op, doc="Whether the layer, called here, runs on the fused op.")
 
     @property
     def _obstacle(self):
@@ -251,7 +250,7 @@ class FusedConv2D(_OnFusedOp, keras.layers.Conv2D):
 
 
 @keras.saving.register_keras_serializable(package="unet_fast")
-class FusedConv2DTranspose(_OnFusedOp, keras.layers.Conv2DTranspose):
+class FusedConv2DTranspose(keras.layers.Conv2DTranspose):
     """`keras.layers.Conv2DTranspose` in one kernel: transposed convolution, bias and ReLU.
 
     Serves 3x3 and 2x2 kernels of stride 2 with "same" padding, a bias and ReLU or no activation, in float32, float16
@@ -279,6 +278,8 @@ class FusedConv2DTranspose(_OnFusedOp, keras.layers.Conv2DTranspose):
         self.backend = backend
         self.fused_on_cpu = True  # for backend "auto"; a model that knows better sets it
         _check_servable(self)
+
+    on_fused_op = property(_on_fused_op, doc="Whether the layer, called here, runs on the fused op.")
 
     @property
     def _obstacle(self):

@@ -12,13 +12,13 @@ import tensorflow as tf
 
 from unet_fast.errors import UserError
 from unet_fast.layers import (
-    weights_cast_together,
     CenterCrop,
     FusedConv2D,
     FusedConv2DTranspose,
     check_backend,
     unwrapped,
     use_fused,
+    weights_cast_together,
 )
 from unet_fast.models.geometry import output_size
 
