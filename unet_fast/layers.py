@@ -106,9 +106,10 @@ def weights_cast_together(layers):
     """
     by_dtype = {}
     for layer in layers:
-        if isinstance(layer, FusedConv2D | FusedConv2DTranspose) and layer.compute_dtype in GPU_DTYPES:
-            if layer.variable_dtype == "float32" and layer.on_fused_op:
-                by_dtype.setdefault(layer.compute_dtype, []).append(layer)
+        if not isinstance(layer, FusedConv2D | FusedConv2DTranspose) or layer.variable_dtype != "float32":
+            continue
+        if layer.compute_dtype in GPU_DTYPES and layer.on_fused_op:
+            by_dtype.setdefault(layer.compute_dtype, []).append(layer)
     weights = {}
     for dtype, taken in by_dtype.items():
         with AutocastScope(None):  # the variables as they are
