@@ -36,7 +36,7 @@ class DataFacts:
     """What a trained model has to know about the images that it was trained on.
 
     Attributes:
-        layout, num_classes, value_range: as in `unet_fast.data.DatasetSpec`.
+        layout, num_classes, value_range, mask_values: as in `unet_fast.data.DatasetSpec`.
         image_shape: (height, width, channels) of an image before it was resized.
         image_dtype: "uint8", "uint16" or "float32".
     """
@@ -46,14 +46,15 @@ class DataFacts:
     value_range: tuple[float, float]
     image_shape: tuple[int, int, int]
     image_dtype: str
+    mask_values: tuple[int, ...]
 
     @classmethod
     def of(cls, dataset):
         """The facts of a `unet_fast.data.Dataset`."""
         spec = dataset.spec
-        return cls(
-            spec.layout, spec.num_classes, spec.value_range, tuple(dataset.images.shape[1:]), dataset.images.dtype.name
-        )
+        images = dataset.images
+        shape, dtype = tuple(images.shape[1:]), images.dtype.name
+        return cls(spec.layout, spec.num_classes, spec.value_range, shape, dtype, spec.mask_values)
 
     def check(self, images, name):
         """Raises UserError unless images [..., H, W, C] have the channels and the type of those trained on."""
