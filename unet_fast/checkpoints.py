@@ -102,6 +102,28 @@ def load_run(path):
     return Run(path, model, config, facts)
 
 
+def load_runs(paths):
+    """Load the runs of an ensemble.
+
+    Args:
+        paths: folders of runs, or of folders of runs, such as a cross-validation's.
+
+    Returns:
+        list of Run, at least one.
+
+    Raises:
+        UserError: as `load_run`.
+
+    Example:
+        load_runs(["runs/crossval"])
+    """
+    folders = []
+    for path in map(Path, paths):
+        inner = [] if (path / MODEL).is_file() else sorted(file.parent for file in path.glob(f"*/{MODEL}"))
+        folders += inner or [path]
+    return [load_run(folder) for folder in folders]
+
+
 def set_jit(model, config):
     """Makes `model.jit_compile`, which Keras decides by itself where it is not set, what the options say."""
     if config.jit != "auto":

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 import tempfile
 
@@ -47,6 +48,9 @@ def main(argv=None):
     except Exception as error:
         import tensorflow as tf
 
+        mistake = re.search(r"UserError: (.*)", str(error))
+        if isinstance(error, tf.errors.OpError) and mistake:  # of a file that TensorFlow's threads were reading
+            return _fail(mistake[1])
         if not isinstance(error, tf.errors.ResourceExhaustedError):
             raise
         return _fail(
@@ -133,10 +137,18 @@ def _parser():
         "predict",
         _predict,
         "segment new images",
-        "Segment images of any size with a run's best model. Labels are class indices, or 0 and 255 for two classes.",
+        "Segment images of any size with a run's best model, or an ensemble of several runs'. Labels are those of the "
+        "training's masks.",
     )
-    _add_run(predict)
-    predict.add_argument("--input", metavar="PATH", required=True, help="TIFF or PNG file, or a folder of them")
+    predict.add_argument(
+        "--run",
+        metavar="RUN",
+        required=True,
+        action="append",
+        help="folder that `unet-fast train` wrote, or a folder of such folders; given more than once, and of several "
+        "runs, the probabilities are averaged",
+    )
+    predict.add_argument("--input", metavar="PATH", required=True, help="TIFF, PNG or NIfTI file, or a folder of them")
     predict.add_argument(
         "--output", metavar="PATH", required=True, help="file or folder to write; nothing there is overwritten"
     )
@@ -147,14 +159,14 @@ def _parser():
         "--overlap",
         metavar="SHARE",
         type=float,
-        help="share of a tile that the next one covers again, in [0, 1) (default: 0.5 for padding same; 0 for valid, "
-        "whose tiles need none)",
+        help="share of a tile that the next one covers again, in [0, 1), for padding same; tiles of valid fit together "
+        "without (default: 0.5)",
     )
     predict.add_argument("--tta", action="store_true", help="average over four flips: slower, a little better")
     predict.add_argument(
         "--probabilities",
         action="store_true",
-        help="write each class's probability, as float32 TIFF, instead of labels",
+        help="write each class's probability, as float32 TIFF or NIfTI, instead of labels",
     )
 
     info = command(
@@ -265,12 +277,12 @@ def _predict(options):
 
     from unet_fast import checkpoints, inference
 
-    run = checkpoints.load_run(options.run)
+    runs = checkpoints.load_runs(options.run)
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("predicting", total=None)
         written = inference.predict_files(
-            run,
+            runs,
             options.input,
             options.output,
             tile=options.tile,

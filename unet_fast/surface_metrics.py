@@ -73,7 +73,9 @@ def hd95(truth, prediction, spacing=(1.0, 1.0)):
 
     >>> import numpy as np
     >>> from unet_fast.surface_metrics import hd95
-    >>> hd95(np.eye(5), np.eye(5, k=1), spacing=(5.0, 0.5))
+    >>> truth, prediction = np.zeros((9, 9)), np.zeros((9, 9))
+    >>> truth[2:5, 2:5] = prediction[2:5, 4:7] = 1
+    >>> hd95(truth, prediction, spacing=(1.0, 0.25))
     0.5
     """
     return hd95_of(surface_distances(truth, prediction, spacing))
@@ -97,8 +99,10 @@ def nsd(truth, prediction, spacing=(1.0, 1.0), tolerance=None):
 
     >>> import numpy as np
     >>> from unet_fast.surface_metrics import nsd
-    >>> nsd(np.eye(5), np.eye(5, k=1), tolerance=0.5), nsd(np.eye(5), np.eye(5, k=1), tolerance=1)
-    (0.0, 1.0)
+    >>> truth, prediction = np.zeros((9, 9)), np.zeros((9, 9))
+    >>> truth[2:5, 2:5] = prediction[2:5, 4:7] = 1
+    >>> nsd(truth, prediction, tolerance=2), nsd(truth, prediction, tolerance=1)
+    (1.0, 0.625)
     """
     return nsd_of(surface_distances(truth, prediction, spacing), one_pixel(spacing) if tolerance is None else tolerance)
 
