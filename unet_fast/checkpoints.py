@@ -251,7 +251,7 @@ def load_state(path, model, optimizer):
 def write_json(path, content):
     """Write a JSON file, whole or not at all, in place of one that is there."""
     with atomic_path(path, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path):

@@ -131,6 +131,12 @@ def _parser():
     )
     _add_run(evaluate)
     evaluate.add_argument("--data", metavar="DIR", help="score all images of this folder instead, with their masks")
+    evaluate.add_argument(
+        "--tolerance",
+        metavar="X",
+        type=float,
+        help="distance of two outlines that NSD takes for none, in units of the images' spacing (default: one pixel)",
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     predict = command(
@@ -240,35 +246,71 @@ def _train(options):
 def _evaluate(options):
     from unet_fast import evaluation
 
-    scores = evaluation.evaluate_run(options.run, options.data)
+    scores = evaluation.evaluate_run(options.run, options.data, tolerance=options.tolerance)
     if options.json:
         _print_json(scores)
     else:
         what = options.data or f"validation fold {scores['fold']}"
-        _print_scores(scores, f"{options.run}, {what}, {scores['samples']} images")
+        _print_scores(scores, f"{options.run}, {what}, {scores['samples']} images", each=True)
 
 
-def _print_scores(scores, title):
+def _print_scores(scores, title, each=False):
+    """Prints a table of the classes and, with `each`, one of the images."""
     import rich.console
     import rich.table
 
-    table = rich.table.Table()
-    for heading, justify in (("class", "left"), ("Dice", "right"), ("IoU", "right")):
-        table.add_column(heading, justify=justify)
-    for k, (dice, iou) in enumerate(zip(scores["dice_per_class"], scores["iou_per_class"], strict=True)):
-        table.add_row(str(k), f"{dice:.4f}", f"{iou:.4f}")
-    table.add_section()
-    table.add_row("mean", f"{scores['dice']:.4f}", f"{scores['iou']:.4f}")
     console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+
+    def show(headings, rows, last=None):
+        table = rich.table.Table()
+        for i, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        if last:
+            table.add_section()
+            table.add_row(*last)
+        console.print(table)
+
+    def numbers(values):
+        return ["-" if value is None else f"{value:.4f}" for value in values]
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    images = scores["images"]
+    units = {image["unit"] for image in images}
+    unit = f" ({units.pop()})" if len(units) == 1 else ""
+    measures = ("dice", "iou", "hd95", "nsd")
+    columns = list(zip(*(scores[f"{name}_per_class"] for name in measures), strict=True))
     console.print(title)
-    console.print(table)
+    show(
+        ("class", "Dice", "IoU", f"HD95{unit}", "NSD"),
+        [[str(k), *numbers(values)] for k, values in enumerate(columns)],
+        ["mean", *numbers(scores[name] for name in measures)],
+    )
+    objects = ("adapted_rand_error", "voi_split", "voi_merge")
+    error, split, merge = numbers(scores[name] for name in objects)
     console.print(f"cross-entropy {scores['cross_entropy']:.4f}, soft Dice {scores['soft_dice']:.4f}")
+    console.print(f"adapted Rand error {error}, VOI split {split}, VOI merge {merge}")
+    if each:
+        show(
+            ("image", "Dice", "IoU", f"HD95{unit}", "NSD", "Rand error", "VOI split", "VOI merge"),
+            [
+                [
+                    image["name"],
+                    *numbers([mean(image[f"{name}_per_class"]) for name in measures]),
+                    *numbers([image[name] for name in objects]),
+                ]
+                for image in images
+            ],
+        )
 
 
 def _print_json(content):
     import json
 
-    print(json.dumps(content, indent=1))
+    print(json.dumps(content, indent=1, allow_nan=False))
 
 
 def _predict(options):
