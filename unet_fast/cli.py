@@ -264,7 +264,7 @@ def _print_scores(scores, title, each=False):
     def show(headings, rows, last=None):
         table = rich.table.Table()
         for i, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if i else "left")
+            table.add_column(heading, justify="right" if i else "left", overflow="fold")  # a name is not cut
         for row in rows:
             table.add_row(*row)
         if last:
