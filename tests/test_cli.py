@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+import tifffile
 
 from unet_fast import training
 from unet_fast.cli import main
-from unet_fast.data import generate, read_png, read_tiff, write_png, write_tiff
+from unet_fast.data import folder, generate, read_png, read_tiff, write_png, write_tiff
 from unet_fast.step_loop import StepLoop
 
 SIZES = ["--filters", "4", "--depth", "2", "--padding", "same", "--size", "32", "--batch", "2", "--lr", "1e-3"]
@@ -77,12 +79,21 @@ def test_train_prints_a_line_an_evaluation_and_a_table(data, tmp_path, capsys):
 
 def test_evaluate(run, data, capsys):
     assert main(["evaluate", "--run", str(run)]) == 0
-    assert "validation fold 0, 2 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "validation fold 0, 2 images" in printed
+    for word in ("HD95 (pixel)", "NSD", "adapted Rand error", "VOI split", "VOI merge"):
+        assert word in printed
     assert main(["evaluate", "--run", str(run), "--json"]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == json.loads((run / "metrics.json").read_text())
-    assert main(["evaluate", "--run", str(run), "--data", str(data), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["samples"] == 10
+    scores = json.loads(captured.out, parse_constant=pytest.fail)
+    assert scores == json.loads((run / "metrics.json").read_text())
+    assert len(scores["hd95_per_class"]) == 2 and len(scores["images"]) == 2
+    names = [image["name"] for image in scores["images"]]
+    assert all(f"│ {name} " in printed for name in names), "each image has a row"
+    assert main(["evaluate", "--run", str(run), "--data", str(data), "--json", "--tolerance", "3"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["samples"] == 10 and other["images"][0]["tolerance"] == 3
+    assert json.loads((run / "metrics.json").read_text()) == scores
 
 
 def test_predict(run, data, tmp_path, capsys):
@@ -99,6 +110,47 @@ def test_predict(run, data, tmp_path, capsys):
     assert (tmp_path / "p.tif").stat().st_size > 90 * 130 * 2 * 4
     assert main(["predict", "--run", str(run), *files[:3], str(tmp_path / "labels.tif")]) == 0
     assert read_tiff(tmp_path / "labels.tif").shape == (1, 90, 130)
+
+
+def test_an_ensemble(run, data, tmp_path, capsys):
+    """Runs named one by one, or the folder that holds them."""
+    image = str(data / "images" / "0.png")
+    folds = tmp_path / "folds"
+    for fold in "01":
+        assert main(["train", "--data", str(data), "--out", str(folds / fold), "--seed", fold, *SMALL]) == 0
+
+    def predicted(name, *runs):
+        options = [word for path in runs for word in ("--run", str(path))]
+        target = tmp_path / f"{name}.tif"
+        assert main(["predict", *options, "--input", image, "--output", str(target), "--probabilities"]) == 0
+        return tifffile.imread(target)
+
+    each = [predicted(fold, folds / fold) for fold in "01"]
+    assert np.abs(each[0] - each[1]).max() > 1e-3
+    for name, runs in (("both", (folds / "0", folds / "1")), ("folder", (folds,))):
+        np.testing.assert_allclose(predicted(name, *runs), np.mean(each, 0), atol=1e-6)
+    capsys.readouterr()
+    assert "no config.json in it" in mistake(
+        capsys, "predict", "--run", tmp_path, "--input", image, "--output", "x.png"
+    )
+
+
+def test_a_damaged_file_met_in_training_is_one_line(data, tmp_path, capsys, monkeypatch):
+    """Of a data set that is read while it is used."""
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 0)
+    shutil.copytree(data, tmp_path / "data")
+    load = training.load_labelled
+
+    def damaging(path):
+        dataset = load(path)
+        for file in (tmp_path / "data" / "images").iterdir():
+            file.write_bytes(file.read_bytes()[:200])
+        return dataset
+
+    monkeypatch.setattr(training, "load_labelled", damaging)
+    assert main(["train", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SMALL]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"unet-fast: error: {tmp_path / 'data' / 'images'}") and "save it again" in line
 
 
 def test_config_file(data, tmp_path, capsys):
@@ -152,6 +204,7 @@ def test_config_file(data, tmp_path, capsys):
         ("evaluate", "the following arguments are required: --run"),
         ("evaluate --run {new}", "expected the folder of a run, found no such folder"),
         ("evaluate --run {run} --data {data}/masks", "no data found"),
+        ("evaluate --run {run} --tolerance -1", "expected --tolerance to be at least 0, got -1"),
         ("predict --run {run} --input {new} --output {new}.tif", "found nothing there"),
         ("predict --run {run} --input {data}/images/0.png --output {data}/images/1.png", "is there already"),
         ("predict --run {run} --input {data}/images/0.png --output {new}.png --tile 33", "input size 33 does not fit"),

@@ -37,6 +37,10 @@ def test_channels_names_and_masks_are_made_explicit():
         ((0,), 2, 2, (0,)),
         ((0, 255), 256, 256, (0, 255)),
         (tuple(range(20)), None, 20, tuple(range(20))),
+        ((0, 128, 255), None, 3, (0, 1, 2)),
+        ((1, 2), None, 2, (0, 1)),
+        ((0, 1, 255), None, 3, (0, 1, 2)),
+        (tuple(range(1, 20)), None, 19, tuple(range(19))),
     ],
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -56,16 +60,13 @@ def test_bool_masks():
 @pytest.mark.parametrize(
     ("values", "given", "words"),
     [
-        ((0, 1, 255), None, ("0, 1, 255", "255, in second", "0..K-1")),
-        ((0, 2), None, ("0, 2", "2, in second")),
-        ((1, 2), None, ("1, 2", "1, in first")),
-        ((0, 128, 255), None, ("0, 128, 255",)),
-        ((0, 65535), None, ("0, 65535",)),
+        ((0, 2), 2, ("0, 2", "2, in second")),
+        ((0, 255, 1), 2, ("0, 1, 255", "255, in second")),
         ((0, 1, 2), 2, ("0..1, or 0 and 255", "2, in second")),
         ((0, 255), 3, ("0..2", "255, in second")),
         ((0,), None, ("every pixel of the masks is 0",)),
         ((255,), None, ("every pixel of the masks is 255",)),
-        (tuple(range(1, 20)), None, ("... (19 values)",)),
+        (tuple(range(1, 20)), 5, ("... (19 values)", "the first that does not fit, 5")),
         ((0, 1), 1, ("2 to 256 classes",)),
     ],
 )
@@ -74,6 +75,32 @@ def test_other_mask_values_are_named(values, given, words):
         Dataset.from_arrays(IMAGES, masks_of(*values, dtype=np.uint16), names=["first", "second"], num_classes=given)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_mask_values_that_a_model_prescribes():
+    def data(*values, prescribed):
+        return Dataset.from_arrays(IMAGES, masks_of(*values, dtype=np.uint16), names=["a", "b"], mask_values=prescribed)
+
+    some = data(0, 300, prescribed=(0, 128, 300))
+    assert (
+        set(np.unique(some.masks)) == {0, 2} and some.spec.num_classes == 3 and some.spec.mask_values == (0, 128, 300)
+    )
+    for prescribed in ((0, 1), (0, 255)):  # two ways to write the same
+        for values in ((0, 1), (0, 255), (0,)):
+            assert data(*values, prescribed=prescribed).masks.max() == (len(values) > 1)
+            assert data(*values, prescribed=prescribed).spec.mask_values == prescribed
+    with pytest.raises(UserError, match=r"mask values 0, 128, 255 like the training's; got 0, 64 .* 64, in b"):
+        data(0, 64, prescribed=(0, 128, 255))
+    with pytest.raises(UserError, match=r"mask values 0, 128 like the training's; got 0, 1 "):
+        data(0, 1, prescribed=(0, 128))
+
+
+def test_a_grey_picture_is_no_mask():
+    picture = np.arange(20, dtype=np.uint8).reshape(1, 4, 5) * 13
+    assert Dataset.from_arrays(IMAGES[:1], picture).spec.mask_values == tuple(range(0, 260, 13))
+    images = np.zeros((1, 8, 8), np.uint8)
+    with pytest.raises(UserError, match=r"0..K-1 with K at most 256, or at most 32 others; got 0, 3, .* \(64 values\)"):
+        Dataset.from_arrays(images, np.arange(64, dtype=np.uint8).reshape(1, 8, 8) * 3)
 
 
 def test_more_than_256_classes_are_refused():

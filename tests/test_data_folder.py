@@ -136,7 +136,7 @@ def test_empty_folders(folder):
 
 def test_other_files_in_the_folder(folder):
     (folder / "images" / "c.jpg").write_bytes(b"")
-    refused(folder, folder / "images" / "c.jpg", "only TIFF and PNG")
+    refused(folder, folder / "images" / "c.jpg", "only TIFF, PNG or NIfTI")
     (folder / "images" / "c.jpg").unlink()
     write_tiff(folder / "images" / "a.tif", IMAGE[None])
     refused(folder, folder / "images" / "a.tif", "a.png has the same name")
@@ -164,7 +164,7 @@ def test_masks_that_are_none(folder):
     write_png(folder / "masks" / "b.png", np.stack([MASK] * 3, -1), overwrite=True)
     refused(folder, folder / "masks" / "b.png", "RGB", "one whole number a pixel")
     write_png(folder / "masks" / "b.png", MASK // 2, overwrite=True)
-    refused(folder, folder, "0, 127, 255", "127, in b")
+    refused(folder, folder, "0, 127, 255", "127, in b", num_classes=2)
 
 
 def test_images_of_one_pixel(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_fast.data import read_png, write_png
+from unet_fast.data import open_stack, read_png, write_png
 from unet_fast.errors import UserError
 
 
@@ -28,6 +28,14 @@ def test_what_is_written_comes_back(tmp_path, dtype, shape):
     back = read_png(tmp_path / "a.png")
     assert back.dtype == dtype
     np.testing.assert_array_equal(back, image)
+
+
+def test_a_large_image_is_no_attack(tmp_path, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 255, (40, 50), np.uint8)
+    write_png(tmp_path / "a.png", image)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    np.testing.assert_array_equal(read_png(tmp_path / "a.png"), image)
+    np.testing.assert_array_equal(open_stack(tmp_path / "a.png").rows(0, 7, 9)[..., 0], image[7:9])
 
 
 def test_one_bit_and_palette(tmp_path):

@@ -1,6 +1,5 @@
 """TIFF: what is written comes back, and nothing damaged passes for data."""
 
-import importlib.util
 import logging
 import os
 
@@ -9,7 +8,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from unet_fast.data import read_tiff, write_tiff
+from unet_fast.data import open_stack, read_tiff, tiff, write_tiff
+from unet_fast.data.formats import stack_writer
 from unet_fast.errors import UserError
 
 
@@ -183,13 +183,70 @@ def test_other_layouts_are_refused(tmp_path):
     refused(tmp_path / "sizes.tif", "8x8", "page 2", "9x8")
 
 
-def test_a_compression_that_needs_imagecodecs(tmp_path):
-    image = stack_of("uint8", (20, 24))
-    Image.fromarray(image).save(tmp_path / "a.tif", compression="tiff_lzw")
-    if importlib.util.find_spec("imagecodecs"):
-        np.testing.assert_array_equal(read_tiff(tmp_path / "a.tif"), image[None])
-    else:
-        refused(tmp_path / "a.tif", "LZW", "pip install imagecodecs")
+@pytest.mark.parametrize("compression", ["lzw", "zstd", "packbits"])
+@pytest.mark.parametrize("layout", [{}, {"tile": (16, 32)}, {"rowsperstrip": 7}], ids=str)
+@pytest.mark.parametrize("colour", [(), (3,)])
+def test_rows_of_any_layout(tmp_path, compression, layout, colour):
+    """Strips and tiles that end beyond the page, decoded only where they are asked for."""
+    stack = stack_of("uint16", (2, 53, 40, *colour))
+    photometric = "rgb" if colour else "minisblack"
+    tifffile.imwrite(tmp_path / "a.tif", stack, compression=compression, photometric=photometric, **layout)
+    opened = open_stack(tmp_path / "a.tif")
+    for page, start, stop in ((0, 0, 53), (1, 13, 14), (1, 5, 40), (0, 52, 53)):
+        np.testing.assert_array_equal(opened.rows(page, start, stop).squeeze(), stack[page, start:stop].squeeze())
+
+
+def test_a_few_rows_read_a_few_strips(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "a.tif", stack_of("uint8", (1, 640, 24)), compression="zlib", rowsperstrip=10)
+    opened = open_stack(tmp_path / "a.tif")
+    decode, decoded = opened.pages[0].keyframe.decode, []
+    monkeypatch.setattr(opened.pages[0].keyframe, "decode", lambda *a, **k: decoded.append(a[1]) or decode(*a, **k))
+    opened.rows(0, 100, 131)
+    assert decoded == [10, 11, 12, 13]
+
+
+def test_a_file_that_is_cut_after_it_was_opened(tmp_path):
+    write_tiff(tmp_path / "a.tif", stack_of("uint8"))
+    opened = open_stack(tmp_path / "a.tif")
+    os.truncate(tmp_path / "a.tif", 900)
+    with pytest.raises(UserError, match=r"a.tif: .*cut short"):
+        opened.page(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "spacing"),
+    [
+        ({}, (1, 1, "pixel")),
+        ({"resolution": (2, 4)}, (25.4 / 4, 25.4 / 2, "mm")),
+        ({"resolution": (20000, 40000), "resolutionunit": "CENTIMETER"}, (10 / 40000, 10 / 20000, "mm")),
+        ({"resolution": (2, 4), "resolutionunit": "NONE"}, (1, 1, "pixel")),
+        ({"resolution": (2, 4), "imagej": True, "metadata": {"unit": "um"}}, (0.25, 0.5, "um")),
+        ({"resolution": (2, 4), "imagej": True, "metadata": {"unit": "\\u00B5m"}}, (0.25, 0.5, "um")),
+        ({"resolution": (72, 72), "imagej": True}, (1, 1, "pixel")),
+        ({"resolution": (0, 4)}, (1, 1, "pixel")),
+        (
+            {"ome": True, "metadata": {"PhysicalSizeX": 0.5, "PhysicalSizeY": 250, "PhysicalSizeYUnit": "nm"}},
+            (0.25, 0.5, "um"),
+        ),
+    ],
+    ids=str,
+)
+def test_spacing_is_read_and_kept(tmp_path, options, spacing):
+    stack = stack_of("uint8")
+    options = {**options, "metadata": {"axes": "ZYX", **options.get("metadata", {})}}
+    tifffile.imwrite(tmp_path / "a.tif", stack, photometric="minisblack", **options)
+    opened = open_stack(tmp_path / "a.tif")
+    assert opened.spacing[:2] == pytest.approx(spacing[:2], rel=1e-6) and opened.spacing.unit == spacing[2]
+    with stack_writer(tmp_path / "b.tif", stack.shape, np.uint8, like=opened) as writer:
+        for page, image in enumerate(stack):
+            writer.write(page, 0, image[:9])
+            writer.write(page, 9, image[9:])
+    assert open_stack(tmp_path / "b.tif").spacing == opened.spacing
+    np.testing.assert_array_equal(read_tiff(tmp_path / "b.tif"), stack)
+    if "resolution" in options and "imagej" not in options and 0 not in options["resolution"]:
+        with tifffile.TiffFile(tmp_path / "a.tif") as a, tifffile.TiffFile(tmp_path / "b.tif") as b:
+            for tag in ("XResolution", "YResolution", "ResolutionUnit"):
+                assert a.pages[0].tags[tag].value == b.pages[0].tags[tag].value
 
 
 def test_probabilities_are_channels_in_imagej(tmp_path):
@@ -198,6 +255,20 @@ def test_probabilities_are_channels_in_imagej(tmp_path):
     with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
         assert tiff.is_imagej and tiff.series[0].axes == "ZCYX"
         np.testing.assert_array_equal(tiff.asarray(), np.moveaxis(probabilities, -1, 1))
+
+
+def test_spacing_in_a_file_too_large_for_imagej(tmp_path, monkeypatch):
+    stack = stack_of("uint8")
+    metadata = {"axes": "ZYX", "unit": "um"}
+    tifffile.imwrite(tmp_path / "a.tif", stack, imagej=True, resolution=(4, 2), metadata=metadata)
+    monkeypatch.setattr(tiff, "_CLASSIC_LIMIT", 100)
+    with stack_writer(tmp_path / "b.tif", stack.shape, np.uint8, like=open_stack(tmp_path / "a.tif")) as writer:
+        writer.write(1, 0, stack[1])
+    opened = open_stack(tmp_path / "b.tif")
+    with tifffile.TiffFile(tmp_path / "b.tif") as file:
+        assert file.is_bigtiff
+    assert opened.spacing[:2] == pytest.approx((0.5e-3, 0.25e-3)) and opened.spacing.unit == "mm"
+    np.testing.assert_array_equal(opened.page(1)[..., 0], stack[1])
 
 
 def test_writing_replaces_only_when_asked_and_leaves_nothing_behind(tmp_path, monkeypatch):

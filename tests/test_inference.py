@@ -1,15 +1,23 @@
 """Prediction: tiles put together as if there were none, training's preprocessing, and files in and out."""
 
+import dataclasses
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import nibabel
 import numpy as np
 import pytest
 import tensorflow as tf
 import tifffile
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from unet_fast import checkpoints, inference
 from unet_fast.config import TrainConfig
-from unet_fast.data import evaluation_dataset, read_png, read_tiff, write_png, write_tiff
+from unet_fast.data import evaluation_dataset, open_stack, read_png, read_tiff, write_png, write_tiff
 from unet_fast.data.dataset import Dataset
 from unet_fast.errors import UserError
 from unet_fast.inference import predict_image, with_input_size
@@ -24,7 +32,7 @@ class Identity:
     def __init__(self, tile, margin, depth, padding):
         self.input_shape = (None, *tile, 1)
         self.output_shape = (None, *(side - 2 * margin for side in tile), 2)
-        self.padding, self.depth, self.margin = padding, depth, margin
+        self.padding, self.depth, self.margin, self.upsampling = padding, depth, margin, "transpose2x2"
         self.batches = []
 
     def predict_on_batch(self, x):
@@ -37,7 +45,7 @@ class Identity:
 @settings(max_examples=60, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
-    tile=st.tuples(st.integers(12, 40), st.integers(12, 40)),
+    tile=st.tuples(st.integers(16, 40), st.integers(16, 40)),
     margin=st.integers(0, 5),
     depth=st.integers(1, 4),
     overlap=st.sampled_from([None, 0.0, 0.3, 0.5, 0.9]),
@@ -45,6 +53,7 @@ class Identity:
     batch_size=st.integers(1, 5),
 )
 def test_tiles_cover_every_pixel_at_its_place(size, tile, margin, depth, overlap, tta, batch_size):
+    assume(min(tile) - 2 * margin >= 2**depth)
     model = Identity(tile, margin, depth, "valid" if margin else "same")
     image = rng.normal(size=size).astype(np.float32)
     progress = []
@@ -73,18 +82,73 @@ def test_beyond_the_image_it_is_mirrored():
 
 
 @pytest.mark.parametrize("upsampling", ["transpose2x2", "transpose3x3"])
-def test_valid_tiles_are_one_pass(upsampling):
+@pytest.mark.parametrize(("padding", "shape"), [("valid", (100, 100)), ("valid", (63, 85)), ("valid", (1, 97))])
+def test_valid_tiles_are_one_pass(upsampling, padding, shape):
+    """To rounding: also where a 3x3 transposed convolution lacks a neighbour at a tile's first row and column."""
     large = FusedUNet((140, 140, 1), filters=4, depth=2, upsampling=upsampling)
-    small = with_input_size(large, 72)
-    image = rng.integers(0, 256, large.output_shape[1:3]).astype(np.uint8)
-    whole, tiled = (predict_image(model, image, value_range=(0, 255)) for model in (large, small))
-    different = np.abs(whole - tiled).max(-1) > 1e-5
-    if upsampling == "transpose2x2":
-        assert not different.any()
-    else:
-        # Felt three pixels deep where a tile begins: the large one at 0, the small ones at -12, 20, 52 and 84.
-        rows = np.array([row < 3 or (row + 12) % 32 < 3 for row in range(100)])
-        assert different.any() and not different[~rows][:, ~rows].any()
+    image = rng.integers(0, 256, shape).astype(np.uint8)
+    whole = predict_image(large, image, value_range=(0, 255))
+    for size in (60, 72, 92):
+        tiled = predict_image(with_input_size(large, size), image, value_range=(0, 255))
+        np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-6)
+
+
+def test_valid_tiles_are_one_pass_for_flips_too():
+    large = FusedUNet((140, 140, 1), filters=4, depth=2)
+    image = rng.integers(0, 256, (90, 90)).astype(np.uint8)
+    whole, tiled = (
+        predict_image(m, image, value_range=(0, 255), tta=True, overlap=overlap)
+        for m, overlap in ((large, 0), (with_input_size(large, 72), 0.3))
+    )
+    np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-6)
+
+
+def test_tiles_too_small_to_be_put_together():
+    small = FusedUNet((44, 44, 1), filters=2, depth=2)  # gives 4 pixels, of which 3 lack a neighbour
+    image = np.zeros((9, 9), np.uint8)
+    with pytest.raises(UserError, match="an output of at least 7 pixels, got 4; use larger tiles"):
+        predict_image(small, image, value_range=(0, 255))
+    assert predict_image(small, image[:4, :4], value_range=(0, 255)).shape == (4, 4, 2)
+    grown = inference._tiled(small, None)
+    assert grown.input_shape[1] == 48
+    ours, theirs = (predict_image(m, image, value_range=(0, 255)) for m in (grown, with_input_size(small, 60)))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 37), (37, 1), (2, 3), (41, 67)])
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.37, 1.6)])
+def test_sizes_from_one_pixel_up(padding, shape, scale):
+    model = FusedUNet((60, 60, 1) if padding == "valid" else (16, 16, 1), filters=2, depth=2, padding=padding)
+    image = rng.integers(0, 256, shape).astype(np.uint8)
+    probabilities = predict_image(model, image, value_range=(0, 255), scale=scale, tta=True)
+    assert probabilities.shape == (*shape, 2)
+    np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.37, 0.8), (1.9, 0.61), (3.0, 3.0)])
+def test_rows_come_in_order_as_if_all_were_there(scale):
+    """Rescaled there and back a few rows at a time: as `tf.image.resize` does it with the whole image."""
+    model = Identity((16, 24), 0, 2, "same")
+    image = rng.normal(size=(61, 47)).astype(np.float32)
+    scaled = [round(s * f) for s, f in zip(image.shape, scale, strict=True)]
+    expected = tf.sigmoid(tf.image.resize(image[..., None], scaled))
+    expected = tf.image.resize(expected, image.shape)[..., 0]
+    actual = predict_image(model, image, value_range=(-1, 1), scale=scale, overlap=0)
+    np.testing.assert_allclose(actual[..., 1], expected, atol=1e-5)
+
+
+def test_an_ensemble_is_the_mean():
+    one, other = (FusedUNet((16, 16, 1), filters=f, depth=d, padding="same") for f, d in ((4, 1), (2, 2)))
+    image = rng.integers(0, 256, (16, 16)).astype(np.uint8)
+    each = [predict_image(model, image, value_range=(0, 255)) for model in (one, other)]
+    assert np.abs(each[0] - each[1]).max() > 1e-3
+    mean = predict_image([one, other], image, value_range=(0, 255))
+    np.testing.assert_allclose(mean, np.mean(each, 0), atol=1e-6)
+    with pytest.raises(UserError, match="model 1: expected a network with classes 2 like that of model 0, got 3"):
+        predict_image(
+            [one, FusedUNet((16, 16, 1), num_classes=3, depth=1, filters=2, padding="same")], image, value_range=(0, 1)
+        )
 
 
 def test_preprocessing_is_that_of_training():
@@ -137,11 +201,11 @@ def test_mistakes():
         with_input_size(model, 15)
 
 
-def a_run(classes=2, channels=1, dtype="uint8"):
+def a_run(values=(0, 255), channels=1, dtype="uint8"):
     """A run as it is loaded, trained on images of 32 x 32 pixels at half their size."""
-    facts = checkpoints.DataFacts("folder", classes, (0.0, 255.0), (32, 32, channels), dtype)
-    model = FusedUNet((16, 16, channels), num_classes=classes, filters=4, depth=1, padding="same")
-    return checkpoints.Run(None, model, TrainConfig(data="unused"), facts)
+    facts = checkpoints.DataFacts("folder", len(values), (0.0, 255.0), (32, 32, channels), dtype, values)
+    model = FusedUNet((16, 16, channels), num_classes=len(values), filters=4, depth=1, padding="same")
+    return checkpoints.Run(Path("a run"), model, TrainConfig(data="unused"), facts)
 
 
 @pytest.fixture
@@ -149,25 +213,129 @@ def stack():
     return rng.integers(0, 256, (3, 40, 24)).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("classes", "values"), [(2, {0, 255}), (3, {0, 1, 2})])
-def test_stack_of_labels(tmp_path, stack, classes, values):
-    run = a_run(classes)
+@pytest.mark.parametrize(("values", "dtype"), [((0, 255), "uint8"), ((0, 1), "uint8"), ((0, 128, 1000), "uint16")])
+def test_stack_of_labels(tmp_path, stack, values, dtype):
+    run = a_run(values)
     write_tiff(tmp_path / "in.tif", stack)
     parts = []
     written = inference.predict_files(run, tmp_path / "in.tif", tmp_path / "out.tif", on_progress=parts.append)
     assert written == [tmp_path / "out.tif"]
     labels = read_tiff(tmp_path / "out.tif")
-    assert labels.shape == stack.shape and labels.dtype == np.uint8
-    assert set(np.unique(labels)) <= values
+    assert labels.shape == stack.shape and labels.dtype == dtype
+    assert len(np.unique(labels)) > 1
     scale = {"value_range": (0, 255), "scale": (0.5, 0.5)}
     expected = np.stack([predict_image(run.model, image, **scale).argmax(-1) for image in stack])
-    np.testing.assert_array_equal(labels, expected * (255 if classes == 2 else 1))
+    np.testing.assert_array_equal(labels, np.array(values)[expected])
     assert parts == sorted(parts) and parts[-1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_volume(tmp_path, stack, suffix):
+    """NIfTI in, NIfTI out: its slices, in its place."""
+    affine = np.array([[0.0, -0.5, 0, 10], [0.25, 0, 0, -20], [0, 0, 3, 5], [0, 0, 0, 1]])
+    nibabel.save(nibabel.Nifti1Image(stack.transpose(2, 1, 0), affine), tmp_path / f"in{suffix}")
+    write_tiff(tmp_path / "in.tif", stack)
+    run = a_run((0, 128, 255))
+    for options in ({}, {"probabilities": True}):
+        out = [tmp_path / f"{len(options)}{s}" for s in (suffix, ".tif")]
+        for source, target in zip((f"in{suffix}", "in.tif"), out, strict=True):
+            inference.predict_files(run, tmp_path / source, target, **options)
+        volume = nibabel.load(out[0])
+        assert volume.header.get_zooms()[:3] == (0.25, 0.5, 3)
+        np.testing.assert_array_equal(volume.affine, affine)
+        pages = tifffile.imread(out[1])  # [pages, H, W] or [pages, classes, H, W]
+        expected = pages.transpose(3, 2, 0, 1) if options else pages.transpose(2, 1, 0)
+        np.testing.assert_array_equal(np.asarray(volume.dataobj), expected)
+        assert volume.get_data_dtype() == ("float32" if options else "uint8")
+
+
+def test_resolution_is_kept(tmp_path, stack):
+    resolution = {"resolution": (300, 600), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(tmp_path / "in.tif", stack, photometric="minisblack", **resolution)
+    for options in ({}, {"probabilities": True}):
+        inference.predict_files(a_run(), tmp_path / "in.tif", tmp_path / f"{len(options)}.tif", **options)
+        with tifffile.TiffFile(tmp_path / f"{len(options)}.tif") as file:
+            assert file.pages[0].get_resolution("CENTIMETER") == (300, 600)
+
+
+def test_runs_of_an_ensemble(tmp_path, stack):
+    write_tiff(tmp_path / "in.tif", stack)
+    runs = [a_run(), a_run()]
+    for name, which in (("a", runs[:1]), ("b", runs[1:]), ("both", runs)):
+        inference.predict_files(which, tmp_path / "in.tif", tmp_path / f"{name}.tif", probabilities=True)
+    a, b, both = (tifffile.imread(tmp_path / f"{name}.tif") for name in ("a", "b", "both"))
+    np.testing.assert_allclose(both, (a + b) / 2, atol=1e-6)
+    for changed, message in (
+        (
+            {"mask_values": (0, 1)},
+            r"a run: expected a run on data like that of a run, with mask_values \(0, 255\), got \(0, 1\)",
+        ),
+        ({"value_range": (0.0, 1.0)}, "with value_range"),
+        ({"image_shape": (64, 64, 1)}, "rescales its images"),
+    ):
+        other = dataclasses.replace(runs[1], facts=dataclasses.replace(runs[1].facts, **changed))
+        with pytest.raises(UserError, match=message):
+            inference.predict_files([runs[0], other], tmp_path / "in.tif", tmp_path / "none.tif")
+    assert not (tmp_path / "none.tif").exists()
+
+
+class Forgetful(Identity):
+    def predict_on_batch(self, x):
+        self.batches.clear()
+        return super().predict_on_batch(x)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_memory_is_that_of_a_row_of_tiles(tmp_path, compression):
+    """What is held at a time grows neither with the image's height nor with that of its result."""
+    run = dataclasses.replace(a_run(), model=Forgetful((32, 32), 0, 1, "same"))
+
+    def peak(height):
+        image = np.arange(height * 500, dtype=np.uint32).reshape(height, 500).astype(np.uint8)
+        tifffile.imwrite(tmp_path / f"{height}.tif", image, compression=compression, rowsperstrip=16)
+        tracemalloc.start()
+        try:
+            source, target = tmp_path / f"{height}.tif", tmp_path / f"{height}-out.tif"
+            inference.predict_files(run, source, target, probabilities=True)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        expected = 1 / (1 + np.exp(-(image / 127.5 - 1)))
+        np.testing.assert_allclose(tifffile.imread(target)[..., 1, :, :].squeeze(), expected, atol=1e-5)
+        return peak
+
+    run = dataclasses.replace(run, facts=dataclasses.replace(run.facts, image_shape=(32, 32, 1)))
+    small, large = peak(150), peak(2400)
+    assert large < 1.3 * small and large < 2400 * 500
+
+
+@pytest.mark.slow
+def test_an_image_of_20000_by_20000_pixels(tmp_path):
+    """In a process of its own, on this machine's CPU: below 4 GiB of resident memory, all of TensorFlow included."""
+    tifffile.imwrite(tmp_path / "in.tif", shape=(20000, 20000), dtype="uint8", photometric="minisblack")
+    with (tmp_path / "in.tif").open("rb+") as file:  # some texture here and there
+        file.seek(10**6)
+        file.write(rng.integers(0, 256, 10**6).astype(np.uint8).tobytes())
+    program = """
+import json, resource, sys
+from pathlib import Path
+from unet_fast import FusedUNet, checkpoints, inference
+from unet_fast.config import TrainConfig
+facts = checkpoints.DataFacts("folder", 2, (0.0, 255.0), (640, 640, 1), "uint8", (0, 255))
+model = FusedUNet((512, 512, 1), filters=2, depth=1, padding="same")
+run = checkpoints.Run(Path("run"), model, TrainConfig(data="unused"), facts)
+inference.predict_files(run, sys.argv[1], sys.argv[2], overlap=0)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+"""
+    files = [str(tmp_path / name) for name in ("in.tif", "out.tif")]
+    done = subprocess.run([sys.executable, "-c", program, *files], stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stdout) < 4 * 2**30
+    assert open_stack(tmp_path / "out.tif").shape == (1, 20000, 20000, 1)
 
 
 def test_stack_of_probabilities(tmp_path, stack):
     write_tiff(tmp_path / "in.tif", stack)
-    inference.predict_files(a_run(3), tmp_path / "in.tif", tmp_path / "out.tif", probabilities=True)
+    inference.predict_files(a_run((0, 1, 2)), tmp_path / "in.tif", tmp_path / "out.tif", probabilities=True)
     probabilities = tifffile.imread(tmp_path / "out.tif")  # [pages, classes, H, W], as ImageJ orders them
     assert probabilities.shape == (3, 3, 40, 24) and probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
@@ -203,14 +371,14 @@ def test_rgb(tmp_path):
     ("source", "target", "options", "message"),
     [
         ("no.tif", "out.tif", {}, "found nothing there"),
-        ("in.txt", "out.txt", {}, "expected a TIFF or PNG file, got .txt"),
+        ("in.txt", "out.txt", {}, "expected a TIFF, PNG or NIfTI file, got .txt"),
         ("in.tif", "out.png", {}, r"out.png: expected an output file named \*.tif"),
         ("in.png", "out.tif", {}, r"out.tif: expected an output file named \*.png"),
         ("in.png", "out.png", {"probabilities": True}, r"expected an output file named \*.tif"),
         ("in.tif", "in.tif", {}, "is there already and would be overwritten"),
         ("in.tif", "no/out.tif", {}, "its folder does not exist"),
         ("in.tif", "empty", {}, "expected an output file named"),
-        ("empty", "out", {}, "expected TIFF or PNG files in the folder, found none"),
+        ("empty", "out", {}, "expected TIFF, PNG or NIfTI files in the folder, found none"),
         (".", "in.tif", {}, "expected a folder to write to, found a file"),
         (".", "out", {"probabilities": True}, "two files differ only in their suffix"),
         ("in.tif", "out.tif", {"tile": 15}, "input size 15 does not fit"),

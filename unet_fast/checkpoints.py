@@ -36,7 +36,7 @@ class DataFacts:
     """What a trained model has to know about the images that it was trained on.
 
     Attributes:
-        layout, num_classes, value_range: as in `unet_fast.data.DatasetSpec`.
+        layout, num_classes, value_range, mask_values: as in `unet_fast.data.DatasetSpec`.
         image_shape: (height, width, channels) of an image before it was resized.
         image_dtype: "uint8", "uint16" or "float32".
     """
@@ -46,14 +46,15 @@ class DataFacts:
     value_range: tuple[float, float]
     image_shape: tuple[int, int, int]
     image_dtype: str
+    mask_values: tuple[int, ...]
 
     @classmethod
     def of(cls, dataset):
         """The facts of a `unet_fast.data.Dataset`."""
         spec = dataset.spec
-        return cls(
-            spec.layout, spec.num_classes, spec.value_range, tuple(dataset.images.shape[1:]), dataset.images.dtype.name
-        )
+        images = dataset.images
+        shape, dtype = tuple(images.shape[1:]), images.dtype.name
+        return cls(spec.layout, spec.num_classes, spec.value_range, shape, dtype, spec.mask_values)
 
     def check(self, images, name):
         """Raises UserError unless images [..., H, W, C] have the channels and the type of those trained on."""
@@ -99,6 +100,28 @@ def load_run(path):
         raise UserError(f"{path / MODEL}: damaged, or of another version ({_one_line(error)}); train again") from error
     set_jit(model, config)
     return Run(path, model, config, facts)
+
+
+def load_runs(paths):
+    """Load the runs of an ensemble.
+
+    Args:
+        paths: folders of runs, or of folders of runs, such as a cross-validation's.
+
+    Returns:
+        list of Run, at least one.
+
+    Raises:
+        UserError: as `load_run`.
+
+    Example:
+        load_runs(["runs/crossval"])
+    """
+    folders = []
+    for path in map(Path, paths):
+        inner = [] if (path / MODEL).is_file() else sorted(file.parent for file in path.glob(f"*/{MODEL}"))
+        folders += inner or [path]
+    return [load_run(folder) for folder in folders]
 
 
 def set_jit(model, config):
@@ -228,7 +251,7 @@ def load_state(path, model, optimizer):
 def write_json(path, content):
     """Write a JSON file, whole or not at all, in place of one that is there."""
     with atomic_path(path, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path):

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 import tempfile
 
@@ -47,6 +48,9 @@ def main(argv=None):
     except Exception as error:
         import tensorflow as tf
 
+        mistake = re.search(r"UserError: (.*)", str(error))
+        if isinstance(error, tf.errors.OpError) and mistake:  # of a file that TensorFlow's threads were reading
+            return _fail(mistake[1])
         if not isinstance(error, tf.errors.ResourceExhaustedError):
             raise
         return _fail(
@@ -127,16 +131,30 @@ def _parser():
     )
     _add_run(evaluate)
     evaluate.add_argument("--data", metavar="DIR", help="score all images of this folder instead, with their masks")
+    evaluate.add_argument(
+        "--tolerance",
+        metavar="X",
+        type=float,
+        help="distance of two outlines that NSD takes for none, in units of the images' spacing (default: one pixel)",
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     predict = command(
         "predict",
         _predict,
         "segment new images",
-        "Segment images of any size with a run's best model. Labels are class indices, or 0 and 255 for two classes.",
+        "Segment images of any size with a run's best model, or an ensemble of several runs'. Labels are those of the "
+        "training's masks.",
     )
-    _add_run(predict)
-    predict.add_argument("--input", metavar="PATH", required=True, help="TIFF or PNG file, or a folder of them")
+    predict.add_argument(
+        "--run",
+        metavar="RUN",
+        required=True,
+        action="append",
+        help="folder that `unet-fast train` wrote, or a folder of such folders; given more than once, and of several "
+        "runs, the probabilities are averaged",
+    )
+    predict.add_argument("--input", metavar="PATH", required=True, help="TIFF, PNG or NIfTI file, or a folder of them")
     predict.add_argument(
         "--output", metavar="PATH", required=True, help="file or folder to write; nothing there is overwritten"
     )
@@ -147,14 +165,14 @@ def _parser():
         "--overlap",
         metavar="SHARE",
         type=float,
-        help="share of a tile that the next one covers again, in [0, 1) (default: 0.5 for padding same; 0 for valid, "
-        "whose tiles need none)",
+        help="share of a tile that the next one covers again, in [0, 1), for padding same; tiles of valid fit together "
+        "without (default: 0.5)",
     )
     predict.add_argument("--tta", action="store_true", help="average over four flips: slower, a little better")
     predict.add_argument(
         "--probabilities",
         action="store_true",
-        help="write each class's probability, as float32 TIFF, instead of labels",
+        help="write each class's probability, as float32 TIFF or NIfTI, instead of labels",
     )
 
     info = command(
@@ -228,35 +246,71 @@ def _train(options):
 def _evaluate(options):
     from unet_fast import evaluation
 
-    scores = evaluation.evaluate_run(options.run, options.data)
+    scores = evaluation.evaluate_run(options.run, options.data, tolerance=options.tolerance)
     if options.json:
         _print_json(scores)
     else:
         what = options.data or f"validation fold {scores['fold']}"
-        _print_scores(scores, f"{options.run}, {what}, {scores['samples']} images")
+        _print_scores(scores, f"{options.run}, {what}, {scores['samples']} images", each=True)
 
 
-def _print_scores(scores, title):
+def _print_scores(scores, title, each=False):
+    """Prints a table of the classes and, with `each`, one of the images."""
     import rich.console
     import rich.table
 
-    table = rich.table.Table()
-    for heading, justify in (("class", "left"), ("Dice", "right"), ("IoU", "right")):
-        table.add_column(heading, justify=justify)
-    for k, (dice, iou) in enumerate(zip(scores["dice_per_class"], scores["iou_per_class"], strict=True)):
-        table.add_row(str(k), f"{dice:.4f}", f"{iou:.4f}")
-    table.add_section()
-    table.add_row("mean", f"{scores['dice']:.4f}", f"{scores['iou']:.4f}")
     console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+
+    def show(headings, rows, last=None):
+        table = rich.table.Table()
+        for i, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if i else "left", overflow="fold")  # a name is not cut
+        for row in rows:
+            table.add_row(*row)
+        if last:
+            table.add_section()
+            table.add_row(*last)
+        console.print(table)
+
+    def numbers(values):
+        return ["-" if value is None else f"{value:.4f}" for value in values]
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    images = scores["images"]
+    units = {image["unit"] for image in images}
+    unit = f" ({units.pop()})" if len(units) == 1 else ""
+    measures = ("dice", "iou", "hd95", "nsd")
+    columns = list(zip(*(scores[f"{name}_per_class"] for name in measures), strict=True))
     console.print(title)
-    console.print(table)
+    show(
+        ("class", "Dice", "IoU", f"HD95{unit}", "NSD"),
+        [[str(k), *numbers(values)] for k, values in enumerate(columns)],
+        ["mean", *numbers(scores[name] for name in measures)],
+    )
+    objects = ("adapted_rand_error", "voi_split", "voi_merge")
+    error, split, merge = numbers(scores[name] for name in objects)
     console.print(f"cross-entropy {scores['cross_entropy']:.4f}, soft Dice {scores['soft_dice']:.4f}")
+    console.print(f"adapted Rand error {error}, VOI split {split}, VOI merge {merge}")
+    if each:
+        show(
+            ("image", "Dice", "IoU", f"HD95{unit}", "NSD", "Rand error", "VOI split", "VOI merge"),
+            [
+                [
+                    image["name"],
+                    *numbers([mean(image[f"{name}_per_class"]) for name in measures]),
+                    *numbers([image[name] for name in objects]),
+                ]
+                for image in images
+            ],
+        )
 
 
 def _print_json(content):
     import json
 
-    print(json.dumps(content, indent=1))
+    print(json.dumps(content, indent=1, allow_nan=False))
 
 
 def _predict(options):
@@ -265,12 +319,12 @@ def _predict(options):
 
     from unet_fast import checkpoints, inference
 
-    run = checkpoints.load_run(options.run)
+    runs = checkpoints.load_runs(options.run)
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("predicting", total=None)
         written = inference.predict_files(
-            run,
+            runs,
             options.input,
             options.output,
             tile=options.tile,

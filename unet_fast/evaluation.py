@@ -1,12 +1,15 @@
 """Scoring a trained network."""
 
+import math
+
 import keras
 import numpy as np
 import tensorflow as tf
 
-from unet_fast import checkpoints, crossval
+from unet_fast import checkpoints, crossval, surface_metrics
 from unet_fast.data import evaluation_dataset, load_dataset
 from unet_fast.errors import UserError
+from unet_fast.inference import predict_image, training_scale
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.metrics import Dice
 
@@ -71,24 +74,25 @@ class Evaluator:
         }
 
 
-def evaluate_run(path, data=None):
+def evaluate_run(path, data=None, *, tolerance=None):
     """Score a run's model, and record the scores in its metrics.json where they are those of its own validation fold.
 
     Args:
         path: folder of the run.
         data: another data folder, all of whose images are scored; None for the run's validation fold.
+        tolerance: of the normalised surface Dice, in units of the images' spacing; None for one pixel.
 
     Returns:
-        dict, as `Evaluator`.
+        dict, as `score`; with `fold` and `step`, the run's best, where data is None.
 
     Raises:
-        UserError: no run there, or data that do not suit its model.
+        UserError: no run there, data that do not suit its model, or a negative tolerance.
 
     Example: see `unet_fast.training.train`.
     """
     run = checkpoints.load_run(path)
     source = data or run.config.data
-    dataset = load_labelled(source, num_classes=run.facts.num_classes)
+    dataset = load_labelled(source, mask_values=run.facts.mask_values)
     run.facts.check(dataset.images, source)
     if dataset.images.shape[1:3] != run.facts.image_shape[:2]:
         got, trained = ("x".join(map(str, s)) for s in (dataset.images.shape[1:3], run.facts.image_shape[:2]))
@@ -97,22 +101,113 @@ def evaluate_run(path, data=None):
             "crop them, or use `unet-fast predict`"
         )
     dataset = dataset.with_value_range(run.facts.value_range)
-    if data is None:
-        indices = crossval.load_split(run.path / checkpoints.SPLIT, dataset.names)[run.config.fold][1]
-    else:
-        indices = np.arange(len(dataset.images))
-    scores = Evaluator(run.model, batches_of(run.model, dataset, indices, run.config.batch))()
-    if data is None:
-        history = checkpoints.read_history(run.path)
-        step = {"step": checkpoints.best_row(history)["step"]} if history else {}
-        scores = {"fold": run.config.fold, **step, **scores}
-        checkpoints.write_json(run.path / checkpoints.METRICS, scores)
+    if data is not None:
+        return score(run, dataset, np.arange(len(dataset.images)), tolerance=tolerance)
+    indices = crossval.load_split(run.path / checkpoints.SPLIT, dataset.names)[run.config.fold][1]
+    return record(run, dataset, indices, tolerance=tolerance)
+
+
+def record(run, dataset, indices, *, tolerance=None):
+    """`score` of a run's own validation fold, written to its metrics.json with `fold` and `step`, the model's own."""
+    history = checkpoints.read_history(run.path)
+    step = {"step": checkpoints.best_row(history)["step"]} if history else {}
+    scores = {"fold": run.config.fold, **step, **score(run, dataset, indices, tolerance=tolerance)}
+    checkpoints.write_json(run.path / checkpoints.METRICS, scores)
     return scores
 
 
-def load_labelled(data, num_classes=None):
+def score(run, dataset, indices, *, tolerance=None):
+    """All scores of a run's model.
+
+    Args:
+        run: `unet_fast.checkpoints.Run`.
+        dataset: labelled `unet_fast.data.Dataset` of images like the training's.
+        indices: the images to score.
+        tolerance: as `evaluate_run`.
+
+    Returns:
+        dict that JSON can take, None for what is not defined: the scores of `Evaluator`, of all pixels together at the
+        network's output size; `images`, a list of `image_scores` with each image's `name`, `spacing` (y, x) and `unit`;
+        and the means over the images of what these hold beside Dice and IoU, `hd95_per_class` and so on, with `hd95` and
+        `nsd` the means over the classes.
+
+    Raises:
+        UserError: a negative tolerance.
+    """
+    if tolerance is not None and not tolerance >= 0:
+        raise UserError(f"expected --tolerance to be at least 0, got {tolerance}; give one in units of the spacing")
+    scores = Evaluator(run.model, batches_of(run.model, dataset, indices, run.config.batch))()
+    images = []
+    for index in map(int, indices):
+        probabilities = predict_image(
+            run.model, dataset.images[index], value_range=run.facts.value_range, scale=training_scale(run)
+        )
+        spacing = dataset.spacings[index]
+        about = {"name": dataset.names[index], "spacing": list(spacing[:2]), "unit": spacing.unit}
+        classes = run.facts.num_classes
+        images.append(
+            about | image_scores(dataset.masks[index], probabilities.argmax(-1), classes, spacing[:2], tolerance)
+        )
+    for name in ("hd95", "nsd"):
+        each = [_mean(column) for column in zip(*(image[f"{name}_per_class"] for image in images), strict=True)]
+        scores |= {name: _mean(each), f"{name}_per_class": each}
+    for name in ("adapted_rand_error", "voi_split", "voi_merge"):
+        scores[name] = _mean([image[name] for image in images])
+    return {**scores, "images": images}
+
+
+def image_scores(truth, prediction, num_classes, spacing=(1.0, 1.0), tolerance=None):
+    """Scores of one segmented image.
+
+    Args:
+        truth, prediction: class indices [H, W].
+        num_classes: K.
+        spacing: (height, width) of a pixel.
+        tolerance: of the normalised surface Dice, in units of the spacing; None for one pixel.
+
+    Returns:
+        dict of lists of K floats, `dice_per_class`, `iou_per_class`, `hd95_per_class`, in units of the spacing, and
+        `nsd_per_class`; and of `tolerance`, `adapted_rand_error`, `voi_split` and `voi_merge`, floats or None where they
+        are not defined. `unet_fast.surface_metrics` says what they are and what holds for classes that are not there;
+        a class that is neither there nor predicted has a Dice and an IoU of 1.
+
+    >>> import numpy as np
+    >>> from unet_fast.evaluation import image_scores
+    >>> truth, prediction = np.array([[0, 1, 1, 0]]), np.array([[0, 0, 1, 0]])
+    >>> scores = image_scores(truth, prediction, 2)
+    >>> scores["iou_per_class"][1], scores["hd95_per_class"][1], scores["nsd_per_class"][1]
+    (0.5, 0.95, 1.0)
+    """
+    tolerance = surface_metrics.one_pixel(spacing) if tolerance is None else float(tolerance)
+    columns = {"dice_per_class": [], "iou_per_class": [], "hd95_per_class": [], "nsd_per_class": []}
+    for k in range(num_classes):
+        there, predicted = truth == k, prediction == k
+        both, either = int((there & predicted).sum()), int((there | predicted).sum())
+        distances = surface_metrics.surface_distances(there, predicted, spacing)
+        iou = both / either if either else 1.0
+        values = (
+            2 * iou / (1 + iou),
+            iou,
+            surface_metrics.hd95_of(distances),
+            surface_metrics.nsd_of(distances, tolerance),
+        )
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    objects = surface_metrics.instances(truth), surface_metrics.instances(prediction)
+    split, merge = (None if math.isnan(v) else v for v in surface_metrics.variation_of_information(*objects))
+    error = surface_metrics.adapted_rand_error(*objects)
+    return {**columns, "tolerance": tolerance, "adapted_rand_error": error, "voi_split": split, "voi_merge": merge}
+
+
+def _mean(values):
+    """The mean of those that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def load_labelled(data, mask_values=None):
     """`unet_fast.data.load_dataset`, with a UserError where there are no masks."""
-    dataset = load_dataset(data, num_classes=num_classes)
+    dataset = load_dataset(data, mask_values=mask_values)
     if dataset.masks is None:
         raise UserError(f"{data}: holds images but no masks; training and evaluation need them, add a folder masks/")
     return dataset

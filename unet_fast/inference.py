@@ -1,19 +1,4 @@
-"""Segmenting images of any size with a trained network, by overlapping tiles.
-
-Scale. Training resizes every image to the network's output size, say 512 pixels to 388, so the network knows structures
-at that scale alone. A new image is therefore resized by the same factor a side, whatever its own size; its probabilities
-are resized back, and only then is the likeliest class taken, which keeps borders smooth.
-
-Tiles. The rescaled image is cut into the network's input size. What a tile sees beyond the image is the image mirrored
-(Ronneberger et al., U-Net, 2015, section 2). An unpadded network ("valid") gives the middle of each tile, so tiles abut
-unless an overlap is asked for. They begin a multiple of 2^depth pixels apart, so that the poolings of all fall on the same
-pixels: the result is that of one pass over the whole image, but that 3x3 transposed convolutions lack one neighbour at a
-tile's first row and column, which is felt 2^depth - 1 pixels deep. A padded network ("same") knows less all along a tile's
-edge: its tiles overlap by half. Where tiles overlap they are averaged with Gaussian weights (Isensee et al., nnU-Net, 2021).
-
-Memory. The network sees `batch_size` tiles at a time; beside them there are the rescaled image and, for each pixel, a
-float32 a class and one more.
-"""
+"""Segmenting images of any size with trained networks; how they are cut into tiles is `unet_fast.tiling`."""
 
 import contextlib
 import os
@@ -22,14 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
-from unet_fast.data import normalize, read_png, read_tiff, write_png, write_tiff
+from unet_fast.data import open_stack
+from unet_fast.data.formats import NAMES, NIFTI, PNG, SUFFIXES, TIFF, stack_writer
+from unet_fast.data.stack import stem_of, suffix_of
 from unet_fast.errors import UserError
 from unet_fast.models import FusedUNet
-
-_TIFF, _PNG = (".tif", ".tiff"), (".png",)
-_BLEND = 1 / 8  # standard deviation of the Gaussian as a share of the tile, as in nnU-Net
+from unet_fast.models.geometry import input_size_for_output
+from unet_fast.tiling import check_alike, predicted_rows, smallest_output
 
 
 def predict_image(
@@ -46,21 +31,23 @@ def predict_image(
     """Class probabilities of an image of any size.
 
     Args:
-        model: FusedUNet of a fixed input size, which is the tiles'; `with_input_size` gives one of another.
+        model: FusedUNet of a fixed input size, which is the tiles'; `with_input_size` gives one of another. Or a list of
+            them, whose probabilities are averaged.
         image: uint8, uint16 or float32 [H, W, C], or [H, W] for C = 1.
         value_range: (low, high), the pixel values that training took for -1 and 1.
         scale: (y, x), by how much training resized its images.
-        overlap: share of a tile's output that the next one covers again, in [0, 1). None: 0 for padding "valid", 0.5
-            for "same".
+        overlap: with padding "same" the share of a tile that the next one covers again, in [0, 1); None for 0.5. Tiles of
+            padding "valid" need none: they give what one tile as large as the image would.
         tta: average over the four flips of each tile (test-time augmentation).
-        batch_size: most tiles that the network sees at a time.
+        batch_size: most tiles that a network sees at a time.
         on_progress: called with (tiles done, tiles in all) after each batch.
 
     Returns:
         float32 [H, W, num_classes]; a pixel's sum to 1.
 
     Raises:
-        UserError: channels that are not the model's, an overlap out of range, or a model of variable input size.
+        UserError: channels that are not the model's, an overlap out of range, a model of variable input size, models of
+            different sizes, or tiles too small to be put together.
 
     >>> import numpy as np
     >>> from unet_fast import FusedUNet
@@ -69,48 +56,25 @@ def predict_image(
     >>> predict_image(model, np.zeros((50, 70), np.uint8), value_range=(0, 255)).shape
     (50, 70, 2)
     """
+    models = model if isinstance(model, (list, tuple)) else [model]
+    check_alike(models, [f"model {i}" for i in range(len(models))])
     image = np.asarray(image)
     image = image[..., None] if image.ndim == 2 else image
-    tile, out = model.input_shape[1:3], model.output_shape[1:3]
-    if None in tile:
-        raise UserError("expected a model of a fixed input size, got a variable one; use with_input_size")
-    if image.ndim != 3 or image.shape[2] != model.input_shape[3]:
-        raise UserError(f"expected an image [H, W, {model.input_shape[3]}], got shape {list(image.shape)}; convert it")
-    if overlap is None:
-        overlap = 0.0 if model.padding == "valid" else 0.5
-    if not 0 <= overlap < 1:
-        raise UserError(f"expected overlap in [0, 1), got {overlap}; give such a share")
-
-    size = image.shape[:2]
-    scaled = tuple(max(1, round(side * factor)) for side, factor in zip(size, scale, strict=True))
-    with tf.device("CPU:0"):  # an image that needs tiles may not fit a GPU
-        # As in training: `unet_fast.data.prepare_image`.
-        pixels = tf.image.resize(normalize(image, value_range), scaled).numpy()
-    grid = [_starts(s, o, overlap, 2**model.depth) for s, o in zip(scaled, out, strict=True)]
-    flips = [(1, 1), (-1, 1), (1, -1), (-1, -1)] if tta else [(1, 1)]
-    jobs = [(y, x, flip) for y in grid[0] for x in grid[1] for flip in flips]
-    margin = [(t - o) // 2 for t, o in zip(tile, out, strict=True)]
-    weight = _gaussian(out[0])[:, None] * _gaussian(out[1])
-
-    total = np.zeros((*scaled, model.output_shape[3]), np.float32)
-    weights = np.zeros(scaled, np.float32)
-    done = 0
-    for batch in _batches(jobs, batch_size):
-        tiles = np.stack([_cut(pixels, y - margin[0], x - margin[1], tile)[:: f[0], :: f[1]] for y, x, f in batch])
-        probabilities = tf.nn.softmax(tf.cast(model.predict_on_batch(tiles), tf.float32)).numpy()
-        for (y, x, flip), tile_probabilities in zip(batch[: len(jobs) - done], probabilities, strict=False):
-            rows, columns = (slice(max(b, 0), b + o) for b, o in zip((y, x), out, strict=True))
-            inside = (slice(max(-y, 0), scaled[0] - y), slice(max(-x, 0), scaled[1] - x))
-            total[rows, columns] += (tile_probabilities[:: flip[0], :: flip[1]] * weight[..., None])[inside]
-            weights[rows, columns] += weight[inside]
-        done = min(done + len(batch), len(jobs))
-        if on_progress:
-            on_progress(done, len(jobs))
-    total /= weights[..., None]
-    if scaled == size:
-        return total
-    with tf.device("CPU:0"):
-        return tf.image.resize(total, size).numpy()
+    channels = models[0].input_shape[3]
+    if image.ndim != 3 or image.shape[2] != channels:
+        raise UserError(f"expected an image [H, W, {channels}], got shape {list(image.shape)}; convert it")
+    rows = predicted_rows(
+        models,
+        lambda start, stop: image[start:stop],
+        image.shape[:2],
+        value_range=value_range,
+        scale=scale,
+        overlap=overlap,
+        tta=tta,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    return np.concatenate([part for _, part in rows])
 
 
 def with_input_size(model, size):
@@ -144,16 +108,20 @@ def training_scale(run):
 
 
 def predict_files(
-    run, source, target, *, tile=None, overlap=None, tta=False, probabilities=False, on_start=None, on_progress=None
+    runs, source, target, *, tile=None, overlap=None, tta=False, probabilities=False, on_start=None, on_progress=None
 ):
-    """Segment a TIFF or PNG file, or every one in a folder.
+    """Segment an image file, or every one in a folder.
 
-    Labels are written in the input's file type as uint8: class indices, or 0 and 255 where there are two classes, as in
-    ISBI-2012's labels. Probabilities are float32 TIFFs [pages, H, W, classes], whose classes ImageJ shows as channels.
+    Images are read, and results written, a few rows at a time: but for PNG, which is read and written whole, neither has to
+    fit the memory. Labels are written in the input's file type, as the training's masks hold them, say 0 and 255: uint8, or
+    uint16 where a class has a value above 255. Probabilities are float32: NIfTI volumes [X, Y, Z, classes], or TIFFs
+    [pages, classes, H, W], whose classes ImageJ shows as channels. A NIfTI file gets its input's affine and zooms, a TIFF
+    its resolution.
 
     Args:
-        run: `unet_fast.checkpoints.Run`.
-        source: TIFF (of any number of pages) or PNG file, or a folder of those.
+        runs: `unet_fast.checkpoints.Run`, or a list of runs of one geometry and on alike data, whose probabilities are
+            averaged.
+        source: TIFF, PNG or NIfTI file, or a folder of those. Pages and slices are segmented one by one.
         target: file or folder to write. A folder gets files of the same names, and is made if need be.
         tile: side of the network's input in pixels; None as in training.
         overlap, tta: as `predict_image`.
@@ -165,37 +133,67 @@ def predict_files(
         list of pathlib.Path, the files written.
 
     Raises:
-        UserError: nothing to read, a file that is there already, or images unlike the training's.
+        UserError: nothing to read, a file that is there already, images unlike the training's, or runs unlike each other.
 
     Example:
         run = unet_fast.checkpoints.load_run("runs/membranes")
         predict_files(run, "new.tif", "labels.tif", tta=True)
     """
-    model = run.model if tile is None else with_input_size(run.model, tile)
+    runs = runs if isinstance(runs, (list, tuple)) else [runs]
+    models = [_tiled(run.model, tile) for run in runs]
+    check_alike(models, [str(run.path) for run in runs])
+    _check_same_data(runs)
+    facts = runs[0].facts
     jobs = _plan(Path(source), Path(target), probabilities)
     if on_start:
         on_start(len(jobs))
+    values = np.array(facts.mask_values, np.uint8 if max(facts.mask_values) < 256 else np.uint16)
     for number, (file, output) in enumerate(jobs):
-        stack = read_tiff(file) if _is(file, _TIFF) else read_png(file)[None]
-        stack = stack[..., None] if stack.ndim == 3 else stack
-        run.facts.check(stack, file)
-        results = []
-        for page, image in enumerate(stack):
-            result = predict_image(
-                model,
-                image,
-                value_range=run.facts.value_range,
-                scale=training_scale(run),
-                overlap=overlap,
-                tta=tta,
-                on_progress=on_progress and _Part(on_progress, number + page / len(stack), 1 / len(stack)),
-            )
-            results.append(result if probabilities else _labels(result))
-        if _is(output, _PNG):
-            write_png(output, results[0])
-        else:
-            write_tiff(output, np.stack(results))
+        stack = open_stack(file)
+        facts.check(stack, file)
+        pages, height, width, _ = stack.shape
+        shape = (pages, height, width, *([len(values)] if probabilities else []))
+        with stack_writer(output, shape, np.float32 if probabilities else values.dtype, like=stack) as writer:
+            for page in range(pages):
+                for start, rows in predicted_rows(
+                    models,
+                    lambda start, stop, stack=stack, page=page: stack.rows(page, start, stop),
+                    (height, width),
+                    value_range=facts.value_range,
+                    scale=training_scale(runs[0]),
+                    overlap=overlap,
+                    tta=tta,
+                    batch_size=4,
+                    on_progress=on_progress and _Part(on_progress, number + page / pages, 1 / pages),
+                ):
+                    writer.write(page, start, rows if probabilities else values[rows.argmax(-1)])
     return [output for _, output in jobs]
+
+
+def _tiled(model, tile):
+    """The model with tiles of the size asked for; or as it is, but that tiles too small to be put together grow."""
+    if tile is not None:
+        return with_input_size(model, tile)
+    if min(model.output_shape[1:3]) >= smallest_output(model):
+        return model
+    return with_input_size(model, input_size_for_output(smallest_output(model), model.depth, model.padding))
+
+
+def _check_same_data(runs):
+    """Raises UserError unless runs saw images alike: their probabilities would not be of the same classes and scale."""
+    for run in runs[1:]:
+        for name in ("mask_values", "image_dtype", "value_range"):
+            ours, first = getattr(run.facts, name), getattr(runs[0].facts, name)
+            if ours != first:
+                raise UserError(
+                    f"{run.path}: expected a run on data like that of {runs[0].path}, with {name} {first}, got {ours}; "
+                    "predict with each of them alone"
+                )
+        if training_scale(run) != training_scale(runs[0]):
+            raise UserError(
+                f"{run.path}: expected a run that rescales its images like {runs[0].path}, by {training_scale(runs[0])}, "
+                f"got {training_scale(run)}; predict with each of them alone"
+            )
 
 
 class _Part(NamedTuple):
@@ -209,31 +207,27 @@ class _Part(NamedTuple):
         self.report(self.before + self.share * done / total)
 
 
-def _labels(probabilities):
-    classes = probabilities.shape[-1]
-    return (probabilities.argmax(-1) * (255 if classes == 2 else 1)).astype(np.uint8)
-
-
 def _plan(source, target, probabilities):
     """[(input file, output file)], checked before anything is computed: nothing there is overwritten."""
     if not source.exists():
         raise UserError(f"{source}: expected an image file or a folder of them, found nothing there; check the path")
     if not source.is_dir():
-        if not _is(source, _TIFF + _PNG):
-            raise UserError(f"{source}: expected a TIFF or PNG file, got {source.suffix or 'no suffix'}; convert it")
-        wanted = _TIFF if probabilities or _is(source, _TIFF) else _PNG
-        if target.is_dir() or not _is(target, wanted):
+        suffix = suffix_of(source)
+        if suffix not in SUFFIXES:
+            raise UserError(f"{source}: expected a {NAMES} file, got {suffix or 'no suffix'}; convert it")
+        wanted = NIFTI if suffix in NIFTI else TIFF if probabilities or suffix in TIFF else PNG
+        if target.is_dir() or suffix_of(target) not in wanted:
             raise UserError(f"{target}: expected an output file named *{wanted[0]}; give such a name")
         jobs, folder = [(source, target)], target.parent
         if not folder.is_dir():
             raise UserError(f"{target}: its folder does not exist; make it, or choose another")
     else:
-        files = sorted(f for f in source.iterdir() if _is(f, _TIFF + _PNG) and not f.name.startswith("."))
+        files = sorted(f for f in source.iterdir() if suffix_of(f) in SUFFIXES and not f.name.startswith("."))
         if not files:
-            raise UserError(f"{source}: expected TIFF or PNG files in the folder, found none; check the path")
+            raise UserError(f"{source}: expected {NAMES} files in the folder, found none; check the path")
         if target.exists() and not target.is_dir():
             raise UserError(f"{target}: expected a folder to write to, found a file; choose another name")
-        jobs = [(f, target / (f.stem + ".tif" if probabilities and _is(f, _PNG) else f.name)) for f in files]
+        jobs = [(f, target / (stem_of(f) + ".tif" if probabilities and suffix_of(f) in PNG else f.name)) for f in files]
         if len({output for _, output in jobs}) < len(jobs):
             raise UserError(f"{source}: two files differ only in their suffix; predict them one by one")
         with contextlib.suppress(OSError):  # what went wrong shows in the next check
@@ -245,45 +239,3 @@ def _plan(source, target, probabilities):
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: cannot write there; choose another folder")
     return jobs
-
-
-def _is(path, suffixes):
-    return path.suffix.lower() in suffixes
-
-
-def _starts(size, out, overlap, multiple):
-    """Where output tiles begin along an axis: they cover [0, size), and hang over on both sides alike."""
-    wanted = max(int(out * (1 - overlap)), 1)
-    step = wanted // multiple * multiple or wanted
-    count = max(0, -(-(size - out) // step)) + 1
-    overhang = (count - 1) * step + out - size
-    first = -(overhang // 2 // multiple * multiple)
-    return [first + i * step for i in range(count)]
-
-
-def _gaussian(length):
-    position = (np.arange(length) - (length - 1) / 2) / (_BLEND * length)
-    return np.exp(-0.5 * position**2).astype(np.float32)
-
-
-def _batches(jobs, batch_size):
-    """Batches of one size, as equal sizes as there can be; the last is filled up with jobs of the first."""
-    count = -(-len(jobs) // batch_size)
-    size = -(-len(jobs) // count)
-    filled = jobs + jobs[: count * size - len(jobs)]
-    return [filled[i : i + size] for i in range(0, len(filled), size)]
-
-
-def _cut(pixels, top, left, tile):
-    """A tile [*tile, C] of pixels [H, W, C], which go on as if mirrored at their first and last rows and columns."""
-    rows, columns = (
-        _mirrored(first + np.arange(length), size)
-        for first, length, size in zip((top, left), tile, pixels.shape[:2], strict=True)
-    )
-    return pixels[rows[:, None], columns]
-
-
-def _mirrored(index, size):
-    period = max(2 * (size - 1), 1)
-    index = index % period
-    return np.minimum(index, period - index) if size > 1 else np.zeros_like(index)

@@ -22,7 +22,7 @@ import tensorflow as tf
 from unet_fast import __version__, checkpoints, crossval, report
 from unet_fast.data import TrainingBatches
 from unet_fast.errors import UserError
-from unet_fast.evaluation import Evaluator, batches_of, load_labelled
+from unet_fast.evaluation import Evaluator, batches_of, load_labelled, record
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
 from unet_fast.models.geometry import nearest_input_sizes
@@ -183,11 +183,13 @@ class _Trainer:
         self._say(
             f"{len(training)} training and {len(validation)} validation images, fold {config.fold} of {config.folds}; "
             f"{self.model.count_params():,} parameters, input {config.size}, output {self.model.output_shape[1]}; "
-            f"{config.precision}, {ops} ops, XLA {'on' if self.model.jit_compile else 'off'}"
+            f"{config.precision}, {ops} ops, XLA {'on' if self.model.jit_compile else 'off'}; "
+            f"classes 0 to {self.dataset.spec.num_classes - 1} are {', '.join(map(str, self.dataset.spec.mask_values))} "
+            "in the masks"
         )
         with _signals() as caught, self._bar() as show:
             self._loop(loop, evaluator, caught, show)
-        return self._finish(validation[:_OVERLAYS])
+        return self._finish(validation)
 
     def _loop(self, loop, evaluator, caught, show):
         config = self.config
@@ -283,15 +285,14 @@ class _Trainer:
         self.history = [row for row in checkpoints.read_history(self.out) if row["step"] <= self.step]
         self._say(f"resumed at step {self.step} of {self.config.steps}")
 
-    def _finish(self, indices):
+    def _finish(self, validation):
         report.curves(self.history, self.out / checkpoints.CURVES)
-        model = checkpoints.load_run(self.out).model
-        samples = []
-        for index, (image, label) in zip(indices, batches_of(model, self.dataset, indices, 1), strict=True):
-            predicted = model.predict_on_batch(image).argmax(-1)
+        run, indices, samples = checkpoints.load_run(self.out), validation[:_OVERLAYS], []
+        for index, (image, label) in zip(indices, batches_of(run.model, self.dataset, indices, 1), strict=True):
+            predicted = run.model.predict_on_batch(image).argmax(-1)
             samples.append((self.dataset.names[index], image[0].numpy(), label[0].numpy(), predicted[0]))
         report.overlays(samples, self.out / checkpoints.OVERLAYS)
-        return checkpoints.read_json(self.out / checkpoints.METRICS)
+        return record(run, self.dataset, validation)
 
     def _say(self, text):
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -11,14 +11,17 @@ from unet_fast.data.augment import (
 )
 from unet_fast.data.dataset import Dataset, DatasetSpec
 from unet_fast.data.folder import load_dataset
+from unet_fast.data.formats import open_stack
 from unet_fast.data.pipeline import TrainingBatches, evaluation_dataset, training_dataset
 from unet_fast.data.png import read_png, write_png
+from unet_fast.data.stack import Spacing
 from unet_fast.data.synthetic import generate
 from unet_fast.data.tiff import read_tiff, write_tiff
 
 __all__ = [
     "Dataset",
     "DatasetSpec",
+    "Spacing",
     "TrainingBatches",
     "augment_batch",
     "augment_sample",
@@ -28,6 +31,7 @@ __all__ = [
     "generate",
     "load_dataset",
     "normalize",
+    "open_stack",
     "prepare_image",
     "prepare_mask",
     "read_png",

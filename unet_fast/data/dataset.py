@@ -1,11 +1,13 @@
-"""A segmentation data set in memory, checked once so that nothing later has to."""
+"""A segmentation data set, in memory or in its files, checked once so that nothing later has to."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from unet_fast.data.tiff import IMAGE_DTYPES
+from unet_fast.data.stack import IMAGE_DTYPES, Pages, Spacing
 from unet_fast.errors import UserError
+
+_MOST_MAPPED = 32  # values of masks that are not 0..K-1; more are a sign that they are a picture and no classes
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,13 @@ class DatasetSpec:
         num_classes: number of classes in the masks; None without masks.
         value_range: `(low, high)` pixel values that become -1 and 1: the type's range for uint8 and uint16, the data
             set's own for float32. A trained model keeps the range that it was trained with.
+        mask_values: what the masks hold for each class, such as (0, 128, 255); None without masks.
     """
 
     layout: str
     num_classes: int | None
     value_range: tuple[float, float]
+    mask_values: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -29,27 +33,35 @@ class Dataset:
     """Images, their masks and their names; make one with `from_arrays` or `load_dataset`.
 
     Attributes:
-        images: uint8, uint16 or float32 `[N, H, W, C]`.
-        masks: uint8 class indices `[N, H, W]`, or None.
+        images: uint8, uint16 or float32 `[N, H, W, C]`: a numpy array, or `Pages` that are read when they are indexed.
+        masks: uint8 class indices `[N, H, W]`, likewise, or None.
         names: N strings, one an image.
         spec: `DatasetSpec`.
+        spacings: N `Spacing`, the size of a pixel of each image.
     """
 
-    images: np.ndarray
-    masks: np.ndarray | None
+    images: np.ndarray | Pages
+    masks: np.ndarray | Pages | None
     names: tuple[str, ...]
     spec: DatasetSpec
+    spacings: tuple[Spacing, ...]
 
     @classmethod
-    def from_arrays(cls, images, masks=None, *, names=None, num_classes=None, layout="arrays"):
+    def from_arrays(
+        cls, images, masks=None, *, names=None, num_classes=None, mask_values=None, spacings=None, layout="arrays"
+    ):
         """Check arrays and make a data set of them.
 
         Args:
-            images: uint8, uint16 or float32 `[N, H, W]` or `[N, H, W, C]`, at least 2 x 2 pixels.
-            masks: uint8, uint16 or bool `[N, H, W]`, or None. Values are class indices 0..K-1 with K at most 256, or 0
-                and 255 for the classes 0 and 1.
+            images: uint8, uint16 or float32 `[N, H, W]` or `[N, H, W, C]`, at least 2 x 2 pixels; or `Pages`.
+            masks: uint8, uint16 or bool `[N, H, W]`, or None; or `Pages`. Each value stands for a class, in ascending
+                order: 0..K-1 with K at most 256, or up to 32 others such as 0, 128 and 255.
             names: N strings; numbers if None.
-            num_classes: K, when it is known; otherwise every class must occur, and K is counted.
+            num_classes: K, when it is known, and values are then 0..K-1, or for two classes 0 and 255; otherwise every
+                class must occur, and the values are counted.
+            mask_values: K values in ascending order, one a class, when a model prescribes them; for (0, 1) and (0, 255)
+                the other is taken, too.
+            spacings: N `Spacing`; 1 pixel if None.
             layout: recorded in `spec`.
 
         Returns:
@@ -66,12 +78,13 @@ class Dataset:
         >>> mask = np.zeros((1, 4, 4), np.uint8)
         >>> mask[:, 2:] = 255
         >>> data = Dataset.from_arrays(np.zeros((1, 4, 4), np.uint8), mask)
-        >>> data.images.shape, data.masks.max(), data.spec.num_classes, data.spec.value_range
-        ((1, 4, 4, 1), np.uint8(1), 2, (0.0, 255.0))
+        >>> data.images.shape, data.masks.max(), data.spec.num_classes, data.spec.mask_values
+        ((1, 4, 4, 1), np.uint8(1), 2, (0, 255))
         """
-        images = np.asarray(images)
-        images = images[..., None] if images.ndim == 3 else images
-        if images.ndim != 4 or images.dtype not in IMAGE_DTYPES or images.size == 0:
+        if not isinstance(images, Pages):
+            images = np.asarray(images)
+            images = images[..., None] if images.ndim == 3 else images
+        if len(images.shape) != 4 or images.dtype not in IMAGE_DTYPES or 0 in images.shape:
             raise UserError(
                 "expected uint8, uint16 or float32 images [N, H, W] or [N, H, W, C] and at least one, got "
                 f"{images.dtype} {list(images.shape)}; convert them"
@@ -85,16 +98,17 @@ class Dataset:
                 f"expected images of at least 2x2 pixels, got {height}x{width} ({names[0]}); use larger images"
             )
         if masks is not None:
-            masks = np.asarray(masks)
-            if masks.shape != images.shape[:3]:
+            masks = masks if isinstance(masks, Pages) else np.asarray(masks)
+            if masks.shape[:3] != images.shape[:3]:
                 raise UserError(
                     f"expected masks of the images' shape {list(images.shape[:3])}, got {list(masks.shape)}; give a "
                     "mask [H, W] an image"
                 )
-            masks, num_classes = _class_indices(masks, names, num_classes)
+            masks, mask_values = _class_indices(masks, names, num_classes, mask_values)
         else:
-            num_classes = None
-        return cls(images, masks, names, DatasetSpec(layout, num_classes, _value_range(images)))
+            mask_values = None
+        spec = DatasetSpec(layout, mask_values and len(mask_values), _value_range(images), mask_values)
+        return cls(images, masks, names, spec, tuple(spacings or [Spacing()] * count))
 
     def with_value_range(self, value_range):
         """The same data, normalised by another range: that of the model that shall see it.
@@ -114,7 +128,8 @@ def _value_range(images):
     """Pixel values that become -1 and 1."""
     if images.dtype != np.float32:
         return 0.0, float(np.iinfo(images.dtype).max)
-    low, high = float(images.min()), float(images.max())
+    ends = np.array([(image.min(), image.max()) for image in images])
+    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
     if not np.isfinite([low, high]).all():
         raise UserError("the float images hold NaN or infinity; expected finite values, replace them")
     if low == high:
@@ -124,36 +139,52 @@ def _value_range(images):
     return low, high
 
 
-def _class_indices(masks, names, num_classes):
-    """uint8 class indices of `masks`, and the number of classes."""
+def _class_indices(masks, names, num_classes, mask_values):
+    """Masks of uint8 class indices, and the value that stands for each class."""
     if num_classes is not None and not 2 <= num_classes <= 256:
         raise UserError(f"expected 2 to 256 classes, got {num_classes}")
     if masks.dtype == bool:
         masks = masks.astype(np.uint8)
     if masks.dtype not in (np.uint8, np.uint16):
         raise UserError(f"expected masks of type uint8 or uint16 (class indices), got {masks.dtype}; convert them")
-    present = np.zeros(np.iinfo(masks.dtype).max + 1, bool)
+    present = np.zeros(2**16, bool)
     for mask in masks:
-        present |= np.bincount(mask.ravel(), minlength=len(present)) > 0
-    values = np.flatnonzero(present)
-    if num_classes is None and len(values) == 1:
+        present |= np.bincount(mask.ravel(), minlength=2**16) > 0
+    found = tuple(np.flatnonzero(present).tolist())
+    stored, expected = _stored_values(found, num_classes, mask_values)
+    foreign = sorted(set(found) - set(stored))
+    if foreign:
+        listed = ", ".join(map(str, found[:8])) + (f", ... ({len(found)} values)" if len(found) > 8 else "")
+        holder = next(name for name, mask in zip(names, masks, strict=True) if (mask == foreign[0]).any())
         raise UserError(
-            f"every pixel of the masks is {values[0]}; expected at least two classes, check how they were saved"
-        )
-    if num_classes in (None, 2) and values[-1] == 255 and len(values) == 1 + present[0]:
-        masks, values = masks // 255, values // 255
-    if num_classes is None:
-        num_classes = min(len(values), 256)
-        expected, bad = "0..K-1 with K at most 256 and every class used, or 0 and 255", values != np.arange(len(values))
-    else:
-        expected, bad = f"0..{num_classes - 1}" + (", or 0 and 255" if num_classes == 2 else ""), values >= num_classes
-    bad |= values > 255
-    if bad.any():
-        first = values[bad][0]
-        listed = ", ".join(map(str, values[:8])) + (f", ... ({len(values)} values)" if len(values) > 8 else "")
-        holder = next(name for name, mask in zip(names, masks, strict=True) if (mask == first).any())
-        raise UserError(
-            f"expected mask values {expected}; got {listed} (the first that does not fit, {first}, in {holder}); "
+            f"expected mask values {expected}; got {listed} (the first that does not fit, {foreign[0]}, in {holder}); "
             "renumber the classes"
         )
-    return masks.astype(np.uint8), num_classes
+    table = np.zeros(2**16, np.uint8)
+    table[list(stored)] = range(len(stored))
+    masks = masks.with_table(table) if isinstance(masks, Pages) else table[masks]
+    return masks, tuple(mask_values) if mask_values else stored
+
+
+def _stored_values(found, num_classes, mask_values):
+    """The value of each class in masks that hold the values `found`, and what to say where others are found."""
+    if mask_values is not None:
+        binary = ((0, 1), (0, 255))
+        choices = [tuple(mask_values), *(binary if tuple(mask_values) in binary else ())]
+        return _first_fitting(choices, found), f"{', '.join(map(str, mask_values))} like the training's"
+    if num_classes is not None:
+        choices = [tuple(range(num_classes)), *([(0, 255)] if num_classes == 2 else [])]
+        return _first_fitting(choices, found), f"0..{num_classes - 1}" + (", or 0 and 255" if num_classes == 2 else "")
+    if len(found) == 1:
+        raise UserError(
+            f"every pixel of the masks is {found[0]}; expected at least two classes, check how they were saved"
+        )
+    expected = f"0..K-1 with K at most 256, or at most {_MOST_MAPPED} others"
+    if len(found) <= _MOST_MAPPED:
+        return found, expected
+    return tuple(range(min(len(found), 256))), expected
+
+
+def _first_fitting(choices, found):
+    """The first of the choices that has all values found; the first of all where none has."""
+    return next((choice for choice in choices if set(found) <= set(choice)), choices[0])

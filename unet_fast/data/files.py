@@ -5,6 +5,8 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from unet_fast.errors import UserError
 
 
@@ -53,6 +55,38 @@ def atomic_path(path, *, overwrite):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class RawPlanes:
+    """Planes of pixels in a file, one behind the other, that are filled in rows at a time.
+
+    What is written goes to the file at once, so a file may be larger than the memory.
+
+    Args:
+        file: file open for reading and writing in binary, as long as its planes need.
+        offset: where the first plane begins, in bytes.
+        size: (height, width) of a plane.
+        dtype: of the pixels in the file, with their byte order.
+        plane: function of a page and a channel, the number of their plane.
+
+    >>> import io, numpy as np
+    >>> from unet_fast.data.files import RawPlanes
+    >>> file = io.BytesIO(bytes(6))
+    >>> RawPlanes(file, 0, (3, 2), np.uint8, lambda page, channel: page).write(0, 1, np.array([[7, 8]]))
+    >>> list(file.getvalue())
+    [0, 0, 7, 8, 0, 0]
+    """
+
+    def __init__(self, file, offset, size, dtype, plane):
+        self._file, self._offset, self._size, self._dtype, self._plane = file, offset, size, np.dtype(dtype), plane
+
+    def write(self, page, start, rows):
+        """Write rows of a page from row `start` on: array [rows, W], or [rows, W, K] for K channels."""
+        height, width = self._size
+        for channel, part in enumerate(np.moveaxis(rows.reshape(*rows.shape[:2], -1), -1, 0)):
+            first = self._plane(page, channel) * height + start
+            self._file.seek(self._offset + first * width * self._dtype.itemsize)
+            self._file.write(np.ascontiguousarray(part, self._dtype).data)
 
 
 def _umask():

@@ -1,34 +1,39 @@
 """Finding and pairing the images and masks of a data folder."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from unet_fast.data.dataset import Dataset
-from unet_fast.data.png import read_png
+from unet_fast.data.formats import NAMES, SUFFIXES, open_stack
+from unet_fast.data.stack import Pages, stem_of, suffix_of
 from unet_fast.data.synthetic import generate
-from unet_fast.data.tiff import read_tiff
 from unet_fast.errors import UserError
 
-_TIFF, _PNG = (".tif", ".tiff"), (".png",)
+IN_MEMORY_BYTES = (
+    2**31
+)  # images and masks up to this size are read once, into memory; of larger ones each when it is used
 _LAYOUTS = (
-    "either train-volume.tif and train-labels.tif (ISBI 2012), or folders images/ and masks/ with TIFF or PNG files "
+    f"either train-volume.tif and train-labels.tif (ISBI 2012), or folders images/ and masks/ with {NAMES} files "
     "of equal names"
 )
 
 
-def load_dataset(path, *, num_classes=None):
-    """Load a data folder into memory.
+def load_dataset(path, *, num_classes=None, mask_values=None):
+    """Load a data folder: into memory up to 2 GiB; a larger one stays in its files, which are read as they are used.
 
     Two layouts are known. ISBI-2012's: `train-volume.tif` and `train-labels.tif`, multi-page TIFFs (`test-volume.tif`,
-    which has no labels, is not read). Or `images/` and `masks/` with TIFF or PNG files of equal stem; a multi-page TIFF
-    is as many images as it has pages; without a folder `masks/` the data set has no masks. Hidden files are ignored.
-    All images must agree in size, channels and type.
+    which has no labels, is not read). Or `images/` and `masks/` with TIFF, PNG or NIfTI files of equal stem; a
+    multi-page TIFF is as many images as it has pages, a NIfTI volume as it has slices; without a folder `masks/` the
+    data set has no masks. Hidden files are ignored. All images must agree in size, channels and type.
+
+    All masks are read at once, to find their classes, and all float images, to find their range.
 
     Args:
         path: data folder, or `"synthetic"` for `generate()`'s 30 sections (`"./synthetic"` is a folder of that name).
-        num_classes: number of classes, when a model prescribes it; otherwise counted in the masks, see
-            `Dataset.from_arrays`.
+        num_classes, mask_values: classes, or what stands for them, when a model prescribes them; otherwise counted in
+            the masks, see `Dataset.from_arrays`.
 
     Returns:
         Dataset. Names are the files' stems, with the page's number where a file holds several.
@@ -45,10 +50,11 @@ def load_dataset(path, *, num_classes=None):
     >>> data.images.shape, data.masks.shape, data.names[0], data.spec.layout
     ((30, 512, 512, 1), (30, 512, 512), 'section_000', 'synthetic')
     """
+    classes = {"num_classes": num_classes, "mask_values": mask_values}
     if str(path) == "synthetic":
         images, masks = generate()
         names = [f"section_{i:03d}" for i in range(len(images))]
-        return Dataset.from_arrays(images, masks, names=names, num_classes=num_classes, layout="synthetic")
+        return Dataset.from_arrays(images, masks * 255, names=names, layout="synthetic", **classes)
     root = Path(path)
     if not root.is_dir():
         found = "a file" if root.exists() else "nothing"
@@ -60,12 +66,20 @@ def load_dataset(path, *, num_classes=None):
     if not is_isbi and not is_folder:
         raise UserError(f"{root}: no data found; expected {_LAYOUTS}")
     pairs = _isbi_pairs(root) if is_isbi else _folder_pairs(root)
-    images, masks, names = _read_pairs(pairs)
+    stacks, masks = _open_pairs(pairs)
+    names, spacings = [], []
+    for stack in stacks:
+        stem, count = stem_of(stack.path), stack.shape[0]
+        names += [stem] if count == 1 else [f"{stem}_{page:03d}" for page in range(count)]
+        spacings += [stack.spacing] * count
+    images, masks = Pages(stacks), Pages(masks) if masks else None
+    if sum(math.prod(p.shape) * p.dtype.itemsize for p in (images, masks) if p is not None) <= IN_MEMORY_BYTES:
+        images, masks = images[:], masks and masks[:][..., 0]
+    layout = "isbi" if is_isbi else "folder"
     try:
-        layout = "isbi" if is_isbi else "folder"
-        return Dataset.from_arrays(images, masks, names=names, num_classes=num_classes, layout=layout)
+        return Dataset.from_arrays(images, masks, names=names, spacings=spacings, layout=layout, **classes)
     except UserError as error:
-        raise UserError(f"{root}: {error}") from error
+        raise error if str(root) in str(error) else UserError(f"{root}: {error}") from error
 
 
 def _isbi_pairs(root):
@@ -95,7 +109,7 @@ def _folder_pairs(root):
 
 
 def _files(folder):
-    """`{stem: file}` of a folder's TIFF and PNG files, sorted by stem."""
+    """`{stem: file}` of a folder's image files, sorted by stem."""
     if not folder.is_dir():
         raise UserError(f"{folder}: missing; expected {_LAYOUTS}")
     try:
@@ -104,55 +118,40 @@ def _files(folder):
         raise UserError(f"{folder}: cannot read it ({error.strerror}); check its permissions") from error
     files = {}
     for file in entries:
-        if file.suffix.lower() not in _TIFF + _PNG:
-            raise UserError(f"{file}: expected only TIFF and PNG files in this folder; convert it or move it away")
-        if file.stem in files:
-            raise UserError(f"{file}: {files[file.stem].name} has the same name but for its suffix; keep one of them")
-        files[file.stem] = file
+        stem = stem_of(file)
+        if suffix_of(file) not in SUFFIXES:
+            raise UserError(f"{file}: expected only {NAMES} files in this folder; convert it or move it away")
+        if stem in files:
+            raise UserError(f"{file}: {files[stem].name} has the same name but for its suffix; keep one of them")
+        files[stem] = file
     if not files:
-        raise UserError(f"{folder}: the folder is empty; expected TIFF or PNG files in it")
+        raise UserError(f"{folder}: the folder is empty; expected {NAMES} files in it")
     return dict(sorted(files.items()))
 
 
-def _read(file, *, indexed):
-    """A file's images: `[N, H, W]` or `[N, H, W, 3]`."""
-    return read_tiff(file) if file.suffix.lower() in _TIFF else read_png(file, indexed=indexed)[None]
-
-
-def _read_pairs(pairs):
-    """Arrays `[N, H, W]` or `[N, H, W, 3]` and `[N, H, W]` (or None) of all pairs, and N names."""
-    images, masks, names = [], [], []
+def _open_pairs(pairs):
+    """`Stack`s of the images and of the masks, none where there are no masks, that agree in all that has to."""
+    images, masks = [], []
     for image_file, mask_file in pairs:
-        image = _read(image_file, indexed=False)
+        image = open_stack(image_file)
         if images and (image.shape[1:] != images[0].shape[1:] or image.dtype != images[0].dtype):
             raise UserError(
-                f"{image_file}: {_describe(image)}, but {pairs[0][0].name} is {_describe(images[0])}; expected images "
+                f"{image_file}: {image.described()}, but {pairs[0][0].name} is {images[0].described()}; expected images "
                 "of one size, type and number of channels, crop or convert them"
             )
         images.append(image)
-        names += (
-            [image_file.stem] if len(image) == 1 else [f"{image_file.stem}_{page:03d}" for page in range(len(image))]
-        )
         if mask_file is None:
             continue
-        mask = _read(mask_file, indexed=True)
-        if mask.ndim != 3 or mask.dtype == np.float32:
+        mask = open_stack(mask_file, labels=True)
+        if mask.shape[3] != 1 or mask.dtype == np.float32:
             raise UserError(
-                f"{mask_file}: expected a mask of one whole number a pixel, got {_describe(mask)}; save it as grey of "
+                f"{mask_file}: expected a mask of one whole number a pixel, got {mask.described()}; save it as grey of "
                 "8 or 16 bits"
             )
-        if mask.shape != image.shape[:3]:
+        if mask.shape[:3] != image.shape[:3]:
             raise UserError(
-                f"{mask_file}: {_describe(mask)}, but its image {image_file.name} is {_describe(image)}; expected the "
+                f"{mask_file}: {mask.described()}, but its image {image_file.name} is {image.described()}; expected the "
                 "same size and number of pages"
             )
         masks.append(mask)
-    # Masks of 8 and of 16 bits may be mixed: concatenation widens them.
-    return np.concatenate(images), np.concatenate(masks) if masks else None, names
-
-
-def _describe(stack):
-    """Size for an error: '512x512 uint8, 30 pages'."""
-    colour = " RGB" if stack.ndim == 4 else ""
-    pages = f", {len(stack)} pages" if len(stack) > 1 else ""
-    return f"{stack.shape[1]}x{stack.shape[2]}{colour} {stack.dtype}{pages}"
+    return images, masks

@@ -5,10 +5,13 @@ network's input of them is one compiled function that runs wherever the step run
 all, and does in a fraction of a millisecond what takes a CPU core milliseconds a sample.
 """
 
+import math
+
 import numpy as np
 import tensorflow as tf
 
 from unet_fast.data.augment import augment_batch, augmentation_draws, center_crop, prepare_image, prepare_mask
+from unet_fast.data.stack import Pages
 from unet_fast.errors import UserError
 
 RESIDENT_BYTES = 2**30  # training images and masks up to this size are put on the device once, for good
@@ -103,10 +106,11 @@ class TrainingBatches:
             UserError: a negative step.
         """
         samples, size = self._samples, self.batch_size
-        sample_bytes = sum(a[0].nbytes for a in (samples.dataset.images, samples.dataset.masks))
+        dataset = samples.dataset
+        sample_bytes = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in (dataset.images, dataset.masks))
         if sample_bytes * len(samples.indices) <= RESIDENT_BYTES:
             with tf.device(device):
-                resident = [tf.constant(a[samples.indices]) for a in (samples.dataset.images, samples.dataset.masks)]
+                resident = [tf.constant(a[samples.indices]) for a in (dataset.images, dataset.masks)]
             stream = self._plan(start_step).batch(size, drop_remainder=True).batch(_BLOCK_STEPS, drop_remainder=True)
             return ((*resident, *block) for block in _on_device(stream, device))
         steps = min(max(_BLOCK_BYTES // (sample_bytes * size), 1), _BLOCK_STEPS)
@@ -139,8 +143,7 @@ class TrainingBatches:
         return stream.map(draw, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
     def _load(self, positions, draws):
-        index = tf.gather(self._samples.indices, positions)
-        return tf.gather(self._samples.images, index), tf.gather(self._samples.masks, index), draws
+        return *self._samples.load(tf.gather(self._samples.indices, positions)), draws
 
 
 def training_dataset(dataset, indices, *, input_size, output_size, batch_size, seed, augment=True, start_step=0):
@@ -199,7 +202,7 @@ def evaluation_dataset(dataset, indices, *, input_size, output_size, batch_size)
     samples = _Samples(dataset, indices, input_size, output_size, batch_size)
 
     def load(index):
-        image, mask = tf.gather(samples.images, index), tf.gather(samples.masks, index)
+        image, mask = samples.load(index)
         return samples.image(image), center_crop(samples.mask(mask), samples.output_size)
 
     stream = tf.data.Dataset.from_tensor_slices(samples.indices)
@@ -208,7 +211,7 @@ def evaluation_dataset(dataset, indices, *, input_size, output_size, batch_size)
 
 
 class _Samples:
-    """Checked arguments, the data as tensors, and what prepares them."""
+    """Checked arguments, `load`, which gives samples as tensors, and what prepares them."""
 
     def __init__(self, dataset, indices, input_size, output_size, batch_size):
         if dataset.masks is None:
@@ -227,8 +230,25 @@ class _Samples:
                 f"{input_size} and {output_size}"
             )
         self.dataset = dataset
-        with tf.device("CPU:0"):  # else they would go to the GPU, and every batch back
-            self.images, self.masks = tf.constant(dataset.images), tf.constant(dataset.masks)
+        if isinstance(dataset.images, Pages):
+            self.load = self._read
+        else:
+            with tf.device("CPU:0"):  # else they would go to the GPU, and every batch back
+                images, masks = tf.constant(dataset.images), tf.constant(dataset.masks)
+            self.load = lambda index: (tf.gather(images, index), tf.gather(masks, index))
+
+    def _read(self, index):
+        """Images and masks of an index, or of several, from their files."""
+        arrays = self.dataset.images, self.dataset.masks
+        loaded = tf.numpy_function(
+            lambda index: tuple(a[index] for a in arrays),
+            [index],
+            [tf.as_dtype(a.dtype) for a in arrays],
+            stateful=False,
+        )
+        for tensor, array in zip(loaded, arrays, strict=True):
+            tensor.set_shape([*index.shape, *array.shape[1:]])
+        return tuple(loaded)
 
     def image(self, images):
         """`prepare_image` for these sizes."""

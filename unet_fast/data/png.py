@@ -1,12 +1,16 @@
 """PNG: one image a file, grey (8 or 16 bits), RGB or palette."""
 
+import functools
 import struct
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from unet_fast.data.files import atomic_path
+from unet_fast.data.stack import Spacing, Stack, one_line
 from unet_fast.errors import UserError
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -35,34 +39,54 @@ def read_png(path, *, indexed=False):
     >>> read_png(path).tolist()
     [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     """
+    pixels = open_png(path, indexed=indexed).page(0)
+    return pixels[..., 0] if pixels.shape[2] == 1 else pixels
+
+
+def open_png(path, *, indexed=False):
+    """Open a PNG file, whose pixels are read when they are asked for.
+
+    Args, errors: as `read_png`; damage of the pixels shows when they are read.
+
+    Returns:
+        Stack of one page.
+    """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            header = file.read(26)
-            if len(header) < 26 or not header.startswith(_SIGNATURE):
-                raise UserError(f"{path}: not a PNG file; save it again as PNG or TIFF")
-            depth, colour = struct.unpack("BB", header[24:26])
-            if colour not in (_GREY, _RGB, _PALETTE):
-                raise UserError(
-                    f"{path}: expected grey or RGB, got an image with transparency; remove its alpha channel"
-                )
-            if colour == _RGB and depth == 16:
-                # Pillow would drop the lower byte without a word.
-                raise UserError(f"{path}: expected RGB of 8 bits, got 16; save it as TIFF")
-            with Image.open(file, formats=["PNG"]) as image:
-                if colour == _PALETTE and not indexed:
-                    image = image.convert("RGB")
-                array = np.asarray(image)
-    except UserError:
-        raise
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise UserError(f"{path}: cannot read it ({reason}); check the path, or save it again") from error
-    except Exception as error:  # on damaged bytes Pillow raises anything, SyntaxError included
-        raise UserError(f"{path}: damaged PNG file ({' '.join(str(error).split())[:120]}); save it again") from error
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    return array.astype(np.uint16) if depth == 16 else array
+    with _errors(path), path.open("rb") as file:
+        header = file.read(26)
+        if len(header) < 26 or not header.startswith(_SIGNATURE):
+            raise UserError(f"{path}: not a PNG file; save it again as PNG or TIFF")
+        width, height, depth, colour = struct.unpack(">IIBB", header[16:26])
+        if colour not in (_GREY, _RGB, _PALETTE):
+            raise UserError(f"{path}: expected grey or RGB, got an image with transparency; remove its alpha channel")
+        if colour == _RGB and depth == 16:
+            # Pillow would drop the lower byte without a word.
+            raise UserError(f"{path}: expected RGB of 8 bits, got 16; save it as TIFF")
+    coloured = colour == _RGB or (colour == _PALETTE and not indexed)
+    dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
+    return PngStack(path, (1, height, width, 3 if coloured else 1), dtype, Spacing())
+
+
+@dataclass(frozen=True)
+class PngStack(Stack):
+    """A PNG file; see `Stack`. It can be decoded as a whole only, and is kept in memory once a part was asked for."""
+
+    def rows(self, page, start, stop):
+        if (start, stop) == (0, self.shape[1]):
+            return self._decode()
+        return self._pixels[start:stop]
+
+    @functools.cached_property
+    def _pixels(self):
+        return self._decode()
+
+    def _decode(self):
+        # Not Image.open, which takes a large image for an attack.
+        with _errors(self.path), self.path.open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
+            pixels = np.asarray(image.convert("RGB") if image.mode == "P" and self.shape[3] == 3 else image)
+            if pixels.dtype == bool:
+                pixels = pixels.astype(np.uint8) * 255
+            return pixels.astype(self.dtype, copy=False).reshape(self.shape[1:])
 
 
 def write_png(path, image, *, overwrite=False):
@@ -92,3 +116,42 @@ def write_png(path, image, *, overwrite=False):
         )
     with atomic_path(path, overwrite=overwrite) as temporary:
         Image.fromarray(np.ascontiguousarray(image)).save(temporary, format="PNG")
+
+
+@contextmanager
+def png_writer(path, shape, dtype):
+    """A PNG that is filled in rows at a time, in memory; it appears when the block ends.
+
+    Args:
+        path: file to write, which must not be there yet.
+        shape: (1, H, W).
+        dtype: uint8 or uint16.
+
+    Yields:
+        an object with `write(page, start, rows)`, as `unet_fast.data.files.RawPlanes`.
+    """
+    canvas = _Canvas(np.zeros(shape[1:], dtype))
+    yield canvas
+    write_png(path, canvas.pixels)
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    pixels: np.ndarray
+
+    def write(self, page, start, rows):
+        self.pixels[start : start + len(rows)] = rows
+
+
+@contextmanager
+def _errors(path):
+    """Makes a UserError of whatever Pillow raises on damaged bytes, SyntaxError included."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{path}: cannot read it ({reason}); check the path, or save it again") from error
+    except Exception as error:
+        raise UserError(f"{path}: damaged PNG file ({one_line(error)}); save it again") from error

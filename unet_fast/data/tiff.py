@@ -3,19 +3,25 @@
 import logging
 import math
 import struct
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tifffile
 
-from unet_fast.data.files import atomic_path
+from unet_fast.data.files import RawPlanes, atomic_path
+from unet_fast.data.stack import IMAGE_DTYPES, Spacing, Stack, check_finite, one_line
 from unet_fast.errors import UserError
-
-IMAGE_DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
 
 # tifffile also logs the damage that it raises for; without a handler Python would print those lines to stderr.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _CLASSIC_LIMIT = 2**32 - 2**25  # bytes: what a TIFF with 32-bit offsets holds, less room for its tags
+_JPEG = (6, 7, 34892, 33007)  # compressions whose segments share tables
+_NONE, _INCH, _CENTIMETRE = 1, 2, 3  # values of the tag ResolutionUnit
+_MICROMETRE = ("um", "µm", "μm", "micron", "microns", "\\u00b5m")
 
 
 def read_tiff(path):
@@ -31,7 +37,7 @@ def read_tiff(path):
 
     Raises:
         UserError: the file is missing, damaged or cut short; pages differ; the type or the layout is not one of the
-            above; a float page holds NaN or infinity; a compression needs the `imagecodecs` package.
+            above; a float page holds NaN or infinity.
 
     Example:
 
@@ -42,31 +48,78 @@ def read_tiff(path):
     >>> read_tiff(path).shape
     (2, 3, 4)
     """
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            _check_complete(tiff, path)
-            stacks = [_pages(series, path) for series in tiff.series]
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read it ({error.strerror or error}); check the path and its permissions"
-        ) from error
-    except (
-        Exception
-    ) as error:  # on damaged bytes tifffile and its decoders raise anything, from KeyError to MemoryError
-        if "imagecodecs" in str(error):
-            codec = str(error).split(" ", 1)[0].strip("<:")
-            raise UserError(
-                f"{path}: its compression ({codec}) needs the imagecodecs package; `pip install imagecodecs`, or save "
-                "the file uncompressed"
-            ) from error
-        raise UserError(
-            f"{path}: not a TIFF file, or damaged or cut short ({_one_line(error)}); save it again"
-        ) from error
-    if not stacks:
-        raise UserError(f"{path}: expected at least one page, got none; save it again")
-    return _checked(stacks, path)
+    stack = open_tiff(path)
+    pages = np.stack([stack.page(number) for number in range(stack.shape[0])])
+    return pages[..., 0] if stack.shape[3] == 1 else pages
+
+
+def open_tiff(path):
+    """Open a TIFF file, whose pages are read when they are asked for.
+
+    Args, errors: as `read_tiff`; what the pixels themselves hold shows when they are read.
+
+    Returns:
+        Stack. Its spacing is that of ImageJ's or OME's metadata, or of the resolution tags where these have a unit, then
+        in mm.
+    """
+    path = Path(path)
+    with _errors(path), tifffile.TiffFile(path, _multifile=False) as tiff:
+        _check_complete(tiff, path)
+        pages, first = [], None
+        for series in tiff.series:
+            shape = _page_shape(series, path)
+            dtype = np.dtype(np.uint8) if series.dtype == bool else series.dtype.newbyteorder("=")
+            first = first or (shape, dtype)
+            if (shape, dtype) != first:
+                described, other = (
+                    f"{'x'.join(map(str, s if s[2] > 1 else s[:2]))} {d}" for s, d in (first, (shape, dtype))
+                )
+                raise UserError(
+                    f"{path}: expected pages of one size and type, got {described} and, at page {len(pages)}, {other}; "
+                    "save them as separate files"
+                )
+            pages += _places(series, shape, path, tiff.filehandle.size)
+        if not pages:
+            raise UserError(f"{path}: expected at least one page, got none; save it again")
+        shape, dtype = first
+        if dtype not in IMAGE_DTYPES:
+            raise UserError(f"{path}: expected uint8, uint16 or float32 pixels, got {dtype}; convert the file")
+        spacing, resolution = _resolution(tiff)
+        return TiffStack(path, (len(pages), *shape), dtype, spacing, tuple(pages), resolution)
+
+
+class _Place(NamedTuple):
+    """Where a page lies: from `offset` on as it is, or where `offset` is None in segments (strips or tiles) to decode."""
+
+    keyframe: tifffile.TiffPage
+    offset: int | None
+    offsets: np.ndarray | None = None
+    counts: np.ndarray | None = None
+    jpegtables: bytes | None = None
+
+
+@dataclass(frozen=True)
+class TiffStack(Stack):
+    """A TIFF file; see `Stack`.
+
+    Attributes:
+        pages: a `_Place` a page.
+        resolution: tifffile.imwrite's arguments that give another file the same resolution.
+    """
+
+    pages: tuple[_Place, ...]
+    resolution: dict
+
+    def rows(self, page, start, stop):
+        place = self.pages[page]
+        with _errors(self.path), self.path.open("rb") as file:
+            read = _read_plain if place.offsets is None else _read_segments
+            planes = read(place, file, start, stop)  # [1, rows, W, C] or, with a plane a colour, [C, rows, W, 1]
+        pixels = planes[0] if planes.shape[0] == 1 else np.moveaxis(planes[..., 0], 0, -1)
+        if pixels.dtype == bool:
+            pixels = pixels.astype(np.uint8) * 255
+        pixels = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("="))
+        return check_finite(pixels, self.path, page)
 
 
 def write_tiff(path, stack, *, overwrite=False):
@@ -95,20 +148,64 @@ def write_tiff(path, stack, *, overwrite=False):
             f"{path}: expected a uint8, uint16 or float32 stack [N, H, W] or [N, H, W, K] to write, got {stack.dtype} "
             f"{list(stack.shape)}; convert it"
         )
-    if stack.ndim == 4:
-        stack, axes = np.moveaxis(stack, -1, 1), "ZCYX"
-    else:
-        axes = "ZYX"
+    with tiff_writer(path, stack.shape, stack.dtype, overwrite=overwrite) as writer:
+        for number, page in enumerate(stack):
+            writer.write(number, 0, page)
+
+
+@contextmanager
+def tiff_writer(path, shape, dtype, *, resolution=None, overwrite=False):
+    """A TIFF that is filled in rows at a time; it appears when the block ends, whole or not at all.
+
+    Args:
+        path, overwrite: as `write_tiff`.
+        shape: (N, H, W), or (N, H, W, K) for K channels.
+        dtype: uint8, uint16 or float32.
+        resolution: `TiffStack.resolution` of a file whose resolution it shall have.
+
+    Yields:
+        `unet_fast.data.files.RawPlanes`.
+    """
+    resolution = dict(resolution or {})
+    metadata = resolution.pop("metadata", {})
+    channels = shape[3] if len(shape) == 4 else 1
+    stored, axes = ((shape[0], channels, *shape[1:3]), "ZCYX") if len(shape) == 4 else (tuple(shape), "ZYX")
     # ImageJ's dialect keeps slices and channels apart but has 32-bit offsets; beyond them, BigTIFF.
-    large = stack.nbytes > _CLASSIC_LIMIT
+    large = math.prod(stored) * np.dtype(dtype).itemsize > _CLASSIC_LIMIT
+    if large and str(metadata.get("unit")).lower() in _MICROMETRE:  # which only ImageJ's dialect can say
+        resolution["resolution"] = [(10_000 * above, below) for above, below in resolution["resolution"]]
+        resolution["resolutionunit"] = _CENTIMETRE
     with atomic_path(path, overwrite=overwrite) as temporary:
-        tifffile.imwrite(
-            temporary, stack, imagej=not large, bigtiff=large, photometric="minisblack", metadata={"axes": axes}
+        offset, _ = tifffile.imwrite(
+            temporary,
+            shape=stored,
+            dtype=dtype,
+            imagej=not large,
+            bigtiff=large,
+            photometric="minisblack",
+            metadata={**metadata, "axes": axes},
+            returnoffset=True,
+            **resolution,
         )
+        with temporary.open("rb+") as file:
+            yield RawPlanes(file, offset, shape[1:3], dtype, lambda page, channel: page * channels + channel)
 
 
-def _one_line(error):
-    return " ".join(str(error).split())[:120] or type(error).__name__
+@contextmanager
+def _errors(path):
+    """Makes a UserError of whatever tifffile and its decoders raise on damaged bytes, from KeyError to MemoryError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read it ({error.strerror or error}); check the path and its permissions"
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a TIFF file, or damaged or cut short ({one_line(error)}); save it again"
+        ) from error
 
 
 def _check_complete(tiff, path):
@@ -124,7 +221,11 @@ def _check_complete(tiff, path):
     for index, page in enumerate(tiff.pages):
         strips = list(zip(page.dataoffsets, page.databytecounts, strict=True))
         if not strips or any(count < 1 or offset + count > size for offset, count in strips):
-            raise UserError(f"{path}: page {index} is cut short; save the file again")
+            raise _cut_short(path, index)
+
+
+def _cut_short(path, page):
+    return UserError(f"{path}: page {page} is cut short; save the file again")
 
 
 def _count_pages(tiff):
@@ -151,8 +252,8 @@ def _count_pages(tiff):
     return len(seen)
 
 
-def _pages(series, path):
-    """One series of a file as `[N, H, W]` or `[N, H, W, 3]`."""
+def _page_shape(series, path):
+    """(H, W, C) of the pages of a series; UserError unless they are a plain stack of grey or RGB images."""
     axes, shape = series.get_axes(squeeze=False), series.get_shape(squeeze=False)
     described = f"axes {axes} of sizes {'x'.join(map(str, shape))}"
     counts = {}
@@ -170,33 +271,111 @@ def _pages(series, path):
     leading = [length for axis, length in zip(axes, shape, strict=True) if axis not in "SCYX" and length > 1]
     if not height or not width or len(leading) > 1:
         raise UserError(f"{path}: expected a stack of pages, got {described}; save it as one plain stack")
-    array = series.asarray(squeeze=False)
-    if "S" in axes:
-        array = np.moveaxis(array, axes.index("S"), -1)
-    array = array.reshape(math.prod(leading), height, width, samples)
-    return array[..., 0] if samples == 1 else array
+    return height, width, samples
 
 
-def _checked(stacks, path):
-    """Join a file's series to one array of an allowed type, native byte order and finite values."""
-    first, start = stacks[0], 0
-    for stack in stacks:
-        if stack.shape[1:] != first.shape[1:] or stack.dtype != first.dtype:
-            size = "x".join(map(str, first.shape[1:]))
-            other = "x".join(map(str, stack.shape[1:]))
-            raise UserError(
-                f"{path}: expected pages of one size and type, got {size} {first.dtype} and, at page {start}, {other} "
-                f"{stack.dtype}; save them as separate files"
-            )
-        start += len(stack)
-    array = first if len(stacks) == 1 else np.concatenate(stacks)
-    if array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
-    if array.dtype not in IMAGE_DTYPES:
-        raise UserError(f"{path}: expected uint8, uint16 or float32 pixels, got {array.dtype}; convert the file")
-    if array.dtype == np.float32:
-        for index, page in enumerate(array):
-            if not np.isfinite(page).all():
-                raise UserError(f"{path}: page {index} holds NaN or infinity; expected finite values, replace them")
-    return array
+def _places(series, shape, path, file_size):
+    """Where the pages of a series lie, a `_Place` each."""
+    keyframe, count = series.keyframe, math.prod(series.get_shape(squeeze=False)) // math.prod(shape)
+    planes, depth, height, width, samples = keyframe.shaped
+    if depth != 1 or (height, width, planes * samples) != shape:
+        raise UserError(
+            f"{path}: expected one image a page, got pages of sizes {keyframe.shape}; save it as a plain stack"
+        )
+    if series.dataoffset is not None:
+        if series.dataoffset + count * keyframe.nbytes > file_size:
+            raise _cut_short(path, count - 1)
+        return [_Place(keyframe, series.dataoffset + page * keyframe.nbytes) for page in range(count)]
+    pages = list(series.pages)
+    if len(pages) != count or None in pages:
+        raise UserError(f"{path}: expected {count} pages by its metadata, found {len(pages)}; save it again")
+    places = []
+    for number, page in enumerate(pages):
+        if keyframe.is_final:
+            if page.dataoffsets[0] + keyframe.nbytes > file_size:
+                raise _cut_short(path, number)
+            places.append(_Place(keyframe, page.dataoffsets[0]))
+        else:
+            if len(page.dataoffsets) < math.prod(keyframe.chunked):
+                raise _cut_short(path, number)
+            offsets, counts = (np.array(values, np.int64) for values in (page.dataoffsets, page.databytecounts))
+            places.append(_Place(keyframe, None, offsets, counts, page.jpegtables))
+    return places
+
+
+def _read_plain(place, file, start, stop):
+    keyframe = place.keyframe
+    planes, _, height, width, samples = keyframe.shaped
+    dtype = np.dtype(keyframe.parent.byteorder + keyframe.dtype.char)
+    out = np.empty((planes, stop - start, width, samples), dtype)
+    row = width * samples * dtype.itemsize
+    for number, plane in enumerate(out):
+        file.seek(place.offset + (number * height + start) * row)
+        if file.readinto(plane) != plane.nbytes:
+            raise EOFError("the end of the file came too early")
+    return out
+
+
+def _read_segments(place, file, start, stop):
+    keyframe = place.keyframe
+    planes, _, height, width, samples = keyframe.shaped
+    options = (
+        {"jpegtables": place.jpegtables, "jpegheader": keyframe.jpegheader} if keyframe.compression in _JPEG else {}
+    )
+    tiled = keyframe.is_tiled
+    length, across = (keyframe.tilelength, -(-width // keyframe.tilewidth)) if tiled else (keyframe.rowsperstrip, 1)
+    down = -(-height // length)
+    out = np.empty((planes, stop - start, width, samples), keyframe.dtype)
+    for index in range(math.prod(keyframe.chunked)):
+        top = index // across % down * length
+        if top >= stop or top + length <= start:
+            continue
+        file.seek(place.offsets[index])
+        segment, (plane, _, top, left, _), _ = keyframe.decode(file.read(place.counts[index]), index, **options)
+        first, last = max(start - top, 0), min(stop - top, len(segment[0]))
+        if last < min(stop, height, top + length) - top:
+            raise EOFError("a strip ends too early")
+        part = segment[0, first:last, : width - left]
+        out[plane, top + first - start : top + last - start, left : left + part.shape[1]] = part
+    return out
+
+
+def _resolution(tiff):
+    """Spacing, and the arguments of tifffile.imwrite that keep it."""
+    page = tiff.pages.first
+    tags = [page.tags.valueof(code) for code in (282, 283)]  # pixels a unit, of x and y
+    unit = page.tags.valueof(296, default=_INCH)
+    imagej = {key: value for key, value in (tiff.imagej_metadata or {}).items() if key in ("unit", "spacing")}
+    sizes = _ome_sizes(tiff) if tiff.is_ome else None
+    if sizes:
+        kept = {
+            "resolution": [(10**6, round(1e6 * size)) for size in sizes],
+            "resolutionunit": _NONE,
+            "metadata": {"unit": "um"},
+        }
+        return Spacing(sizes[1], sizes[0], "um"), kept
+    if not all(isinstance(tag, tuple) and len(tag) == 2 and min(tag) > 0 for tag in tags):
+        return Spacing(), {}
+    kept = {"resolution": tags, "resolutionunit": int(unit), "metadata": imagej}
+    x, y = (below / above for above, below in tags)
+    name = str(imagej.get("unit", "")).strip()
+    if name and name not in ("pixel", "pixels"):
+        return Spacing(y, x, "um" if name.lower() in _MICROMETRE else name), kept
+    if not imagej and unit in (_INCH, _CENTIMETRE):
+        scale = 25.4 if unit == _INCH else 10.0
+        return Spacing(y * scale, x * scale, "mm"), kept
+    return Spacing(), kept
+
+
+def _ome_sizes(tiff):
+    """(x, y) of a pixel in micrometres by the OME metadata, or None."""
+    pixels = tifffile.xml2dict(tiff.ome_metadata).get("OME", {}).get("Image", {})
+    pixels = (pixels[0] if isinstance(pixels, list) else pixels).get("Pixels", {})
+    sizes = []
+    for axis in "XY":
+        size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
+        scale = 1.0 if unit in _MICROMETRE else {"nm": 1e-3, "mm": 1e3}.get(unit)
+        if not isinstance(size, (int, float)) or not size > 0 or scale is None:
+            return None
+        sizes.append(size * scale)
+    return sizes
