@@ -11,7 +11,8 @@ the GPU. timing.py says what is timed, and does so the same way for all.
 Each figure comes from a process of its own. The next process imports its framework while the one before compiles; while
 one is timed, no other does anything. The most telling rows come first, and FILE is written after each. With --resume, rows
 that FILE has of the same card and the same native sources stay and are not measured again, so that further calls fetch
-what failed or what a time limit cut off. `run` in a row counts the calls; `runs` has the driver and versions of each.
+what failed or what a time limit cut off. `run` in a row counts the calls; `runs` has each one's driver, versions and the
+engine that UNET_FAST_ENGINE forced.
 
 The second form measures nothing: it prints or draws what FILE has.
 """
@@ -260,7 +261,9 @@ def run(arguments):
     facts = {"card": devices[0]["name"], "fingerprint": built.fingerprint}
     rows, runs = previous(arguments.json, facts) if arguments.resume else ([], [])
     rows = {(row["system"], row["phase"], row["batch"]): row for row in rows}
-    runs = [*runs, {"driver": record.driver(), "versions": record.versions("tensorflow", "keras", "torch")}]
+    engine = os.environ.get("UNET_FAST_ENGINE", "auto")
+    versions = record.versions("tensorflow", "keras", "torch")
+    runs = [*runs, {"driver": record.driver(), "versions": versions, "engine": engine}]
     left = [job for job in ordered(arguments.systems, arguments.phases, arguments.batch) if job not in rows]
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     missed, failures = set(left), []

@@ -26,12 +26,12 @@ struct Conv2DProblem {
   int64_t skip_height = 0, skip_width = 0, skip_channels = 0;
   int64_t filters = 0, kernel_size = 3;
   int64_t dy_height = 0, dy_width = 0;
-  bool same = false;           // padding: zeros around x so that y has its size; else none
-  bool relu = true;            // activation
-  bool pool = false;           // also give the 2x2 max pool of y
+  bool same = false;  // padding: zeros around x so that y has its size; else none
+  bool relu = true;   // activation
+  bool pool = false;  // also give the 2x2 max pool of y
   // Gradient: mask dx by x > 0 and dskip by skip > 0, which are ReLU outputs; needless where their producer does it.
   bool mask_dx = false, mask_dskip = false;
-  bool dy_is_masked = false;   // gradient: dy is known to be zero wherever y <= 0, so it need not be masked
+  bool dy_is_masked = false;  // gradient: dy is known to be zero wherever y <= 0, so it need not be masked
 
   int64_t pad() const { return same ? kernel_size / 2 : 0; }
   int64_t out_height() const { return height + 2 * pad() - kernel_size + 1; }

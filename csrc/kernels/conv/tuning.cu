@@ -1,5 +1,5 @@
-// A line of the file is a product, engine, configuration, splits and microseconds, separated by tabs; the first line
-// names the format. A file that is anything else is left alone: better no measurement than a wrong one.
+// A line of the file is a product, its engine, configuration and splits, separated by tabs; the first line names the
+// format. Of a file that is anything else nothing counts: better no choice than a wrong one.
 #include "conv/tuning.h"
 
 #include <cstdio>
@@ -80,8 +80,7 @@ Table Read() {
   std::stringstream text;
   text << file.rdbuf();
   if (!Parse(text.str(), &table)) {
-    std::fprintf(stderr, "unet_fast: %s is no tuning file and is ignored; run `unet-fast tune` to write it anew\n",
-                 path.c_str());
+    std::fprintf(stderr, "unet_fast: %s is no tuning file and is ignored; delete it\n", path.c_str());
     table.clear();
   }
   return table;
@@ -191,17 +190,6 @@ std::string TuningPath() {
     if (!std::isalnum(static_cast<unsigned char>(c)) && c != '.' && c != '-') c = '_';
   }
   return Folder() + "/" + name;
-}
-
-int CheckTuning(const std::string& text) {
-  Table table;
-  return Parse(text, &table) ? static_cast<int>(table.size()) : -1;
-}
-
-void ReloadTuning() {
-  Tables& tables = AllTables();
-  const std::lock_guard<std::mutex> lock(tables.mutex);
-  tables.of_device[CurrentDevice()] = Read();
 }
 
 }  // namespace unet_fast::gpu

@@ -1,7 +1,7 @@
-// What was measured on this machine: which engine and configuration a product is fastest on.
+// What was chosen for this machine: the engine and configuration that a product runs on.
 //
-// A file a card holds it, written by `unet-fast tune` (unet_fast/tuning.py) and read once a process, when a product is
-// first met; without one the dispatch keeps to its rules. So a choice never depends on when it is asked for.
+// A file a card holds it, read once a process, when a product is first met; without one the dispatch keeps to its
+// rules. So a choice never depends on when it is asked for.
 #pragma once
 
 #include <string>
@@ -21,17 +21,12 @@ std::string ProductKey(DType dtype, const GemmArgs& args);
 std::string ProductKey(DType dtype, const WgradArgs& args);
 std::string ProductKey(const Product& product);
 
-// As the environment variable UNET_FAST_ENGINE says; else as measured on the current device; else left open.
+// As the environment variable UNET_FAST_ENGINE says; else as the current device's file has it; else left open.
 Choice ChosenFor(const std::string& key);
 
 // The current device's file, which need not exist: its name has the card, the driver, cuDNN's version and the sources'
 // fingerprint, so that what was measured with others is not taken. "" without a device.
 std::string TuningPath();
-// The number of products in a file's text; less than zero where a line is none, and then nothing of it counts.
-int CheckTuning(const std::string& text);
-// Reads the current device's file anew.
-void ReloadTuning();
-
 const char* EngineName(Engine engine);
 
 }  // namespace unet_fast::gpu
