@@ -77,6 +77,7 @@ GemmArgs Dgrad(const Conv2DProblem& p, const Conv2DGradient& d, const void* dz) 
     g.result[1] = Result(DskipSource(p, d.dskip), d.dskip, p.mask_dskip ? skip.data : nullptr);
     g.mask_image_stride = skip.image_stride, g.mask_row_stride = skip.row_stride;
   }
+  g.whole_n = p.in_channels();
   g.n = (d.dx != nullptr ? p.channels : 0) + (d.dskip != nullptr ? p.skip_channels : 0);
   g.weights = At(d.kernel, p.dtype, d.dx != nullptr ? 0 : p.channels * p.filters);
   return g;

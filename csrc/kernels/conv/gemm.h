@@ -59,6 +59,7 @@ struct GemmArgs {
   bool transposed = false;  // weights [t, n, c], one source only
   bool vector = false;      // every channel count and n is a multiple of 8
   int batch = 0, out_h = 0, out_w = 0, n = 0;
+  int whole_n = 0;  // where not every result is wanted: n if they were
   TapList taps[4];
   int lists = 1;
   GemmResult result[2];  // the columns of the first, which may be none, come before those of the second

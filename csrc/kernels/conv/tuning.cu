@@ -121,8 +121,8 @@ std::string SourceKey(const Args& g) {
   return text + "/" + std::to_string(g.stride);
 }
 template <typename Args>
-std::string ResultKey(const Args& g) {
-  return std::to_string(g.out_h) + "x" + std::to_string(g.out_w) + "x" + std::to_string(g.n);
+std::string ResultKey(const Args& g, int n) {
+  return std::to_string(g.out_h) + "x" + std::to_string(g.out_w) + "x" + std::to_string(n);
 }
 
 }  // namespace
@@ -141,23 +141,21 @@ const char* EngineName(Engine engine) {
 }
 
 std::string ProductKey(DType dtype, const GemmArgs& g) {
-  std::string text = std::string(Name(dtype)) + " product " + SourceKey(g) + " > " + ResultKey(g);
+  std::string text =
+      std::string(Name(dtype)) + " product " + SourceKey(g) + " > " + ResultKey(g, g.whole_n > 0 ? g.whole_n : g.n);
   int taps = 0;
   for (int l = 0; l < g.lists; ++l) taps += g.taps[l].count;
   text += ", " + std::to_string(taps) + " taps from " + std::to_string(g.taps[0].tap[0].row);
   if (g.lists > 1) text += " in " + std::to_string(g.lists) + " lists";
   if (g.transposed) text += ", transposed";
-  if (g.results == 2) text += ", two results from " + std::to_string(g.result[0].channels);
-  for (int r = 0; r < g.results; ++r) text += g.result[r].mask != nullptr ? ", masked" : "";
   if (g.bias != nullptr) text += g.relu ? ", bias, relu" : ", bias";
   if (g.pooled != nullptr) text += ", pooled";
   return text;
 }
 
 std::string ProductKey(DType dtype, const WgradArgs& g) {
-  return std::string(Name(dtype)) + " weights " + SourceKey(g) + " > " + ResultKey(g) + ", " +
-         std::to_string(g.taps.count) + " taps from " + std::to_string(g.taps.tap[0].row) +
-         (g.dbias != nullptr ? ", bias" : "");
+  return std::string(Name(dtype)) + " weights " + SourceKey(g) + " > " + ResultKey(g, g.n) + ", " +
+         std::to_string(g.taps.count) + " taps from " + std::to_string(g.taps.tap[0].row);
 }
 
 std::string ProductKey(const Product& p) {

@@ -16,7 +16,8 @@ struct Choice {
   int splits = 0;
 };
 
-// A product in words, a line without tabs: all that its speed depends on.
+// A product in words, a line without tabs. It says nothing of which results of a gradient are wanted and masked: what
+// is chosen for a product is chosen for its workspace too, which is asked for before that is known.
 std::string ProductKey(DType dtype, const GemmArgs& args);
 std::string ProductKey(DType dtype, const WgradArgs& args);
 std::string ProductKey(const Product& product);
