@@ -93,13 +93,14 @@ def test_a_pass_that_never_ran_is_no_clean_one(tmp_path):
     assert result["outcome"] == "failed" and result["errors"] == 0
 
 
-def test_only_memcheck_spaces_the_arrays(monkeypatch):
+def test_our_kernels_alone_are_looked_at_and_only_memcheck_spaces_the_arrays(monkeypatch):
     commands = []
     monkeypatch.setattr(gpu_check, "_run_in_time", lambda command: commands.append(command) or (0, CLEAN))
     gpu_check.sanitize("sanitizer", ["python", "pass.py"])
-    assert commands[0] == ["sanitizer", "--tool", "memcheck", "--padding", "4096", "python", "pass.py"]
+    ours = ["--kernel-name", "kernel_substring=unet_fast"]
+    assert commands[0] == ["sanitizer", "--tool", "memcheck", *ours, "--padding", "4096", "python", "pass.py"]
     assert commands[1:] == [
-        ["sanitizer", "--tool", tool, "python", "pass.py"] for tool in ("racecheck", "initcheck", "synccheck")
+        ["sanitizer", "--tool", tool, *ours, "python", "pass.py"] for tool in ("racecheck", "initcheck", "synccheck")
     ]
 
 

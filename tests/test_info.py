@@ -111,7 +111,7 @@ needs_cuda_build = pytest.mark.skipif(not _library.status().cuda, reason="the li
     ("capability", "dtype", "engine", "detail"),
     [
         (90, "float16", "sm90", "weights in registers, 64 channels by 64"),
-        (80, "bfloat16", "wmma", "sm90 is for compute capability 9.0"),
+        (80, "bfloat16", "cudnn", "plan 0 of its heuristic"),
         (75, "bfloat16", "none", "compute capability 8.0 or more is needed"),
         (90, "float32", "none", "float32 is left to stock TensorFlow"),
     ],
@@ -120,7 +120,9 @@ def test_choices_name_the_engine_of_a_layer_and_why(capability, dtype, engine, d
     from unet_fast import _native
 
     if engine == "sm90" and "sm90" not in _native.gpu.engines:
-        engine, detail = "wmma", "the build has no kernels for 9.0"
+        engine, detail = "cudnn", "plan 0 of its heuristic"
+    if engine == "cudnn" and "cudnn" not in _native.gpu.engines:
+        engine, detail = "wmma", "the build has no cuDNN"
     rows = choices.layer_choices(FusedUNet(backend="fused"), 8, capability, dtype)
     of = {(row["layer"], row["product"]): row for row in rows}
     row = of["down1_conv2", "forward"]

@@ -37,13 +37,14 @@ int Config(const Choice& choice, Engine engine) {
 }
 
 #ifdef UNET_FAST_CUDNN
-// Left open, a Hopper GPU has kernels of its own; on others cuDNN is the faster one.
-bool TriesCudnn(const Choice& choice) {
+// Left open, a Hopper GPU has kernels of its own; others have portable ones only.
+bool TriesCudnn(const Choice& choice, int capability) {
 #ifdef UNET_FAST_SM90
-  if (choice.engine == Engine::kAuto && ComputeCapability() == 90) return false;
+  if (choice.engine == Engine::kAuto && capability == 90) return false;
 #endif
   return choice.engine == Engine::kAuto || choice.engine == Engine::kCudnn;
 }
+bool TriesCudnn(const Choice& choice) { return TriesCudnn(choice, ComputeCapability()); }
 #endif
 
 #ifdef UNET_FAST_SM90
@@ -178,20 +179,20 @@ std::string Unsupported(DType dtype, int capability) {
 std::string WhyWmma(const Choice& choice, bool vector, int capability) {
   if (choice.engine == Engine::kWmma) return "chosen";
   if (!vector) return "a number of channels is no multiple of 8";
-  if (capability == 90) {
 #ifdef UNET_FAST_SM90
-    return "too large for sm90's counters";
-#else
-    return "the build has no kernels for 9.0";
+  if (capability == 90) return "too large for sm90's counters";
 #endif
-  }
+#ifdef UNET_FAST_CUDNN
   return "cuDNN has no plan for it";
+#else
+  return "the build has no cuDNN";
+#endif
 }
 
 // On the engine that comes first, or "" where it is not the one.
 std::string OnCudnn(const Product& p, const Choice& choice, int capability) {
 #ifdef UNET_FAST_CUDNN
-  if (choice.engine == Engine::kCudnn || (choice.engine == Engine::kAuto && capability != 90)) {
+  if (TriesCudnn(choice, capability)) {
     const int config = Config(choice, Engine::kCudnn);
     // What cuDNN plans on another device than this one is not known here.
     const bool planned =
