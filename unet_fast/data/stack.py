@@ -1,5 +1,6 @@
 """Files as stacks of images, whatever their format: pages of one size and type, of which any rows can be read alone."""
 
+import abc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class Spacing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(abc.ABC):
     """An open file: what its head says. `unet_fast.data.open_stack` makes one; nothing stays open in between.
 
     Attributes:
@@ -44,13 +45,13 @@ class Stack:
     dtype: np.dtype
     spacing: Spacing
 
+    @abc.abstractmethod
     def rows(self, page, start, stop):
         """Rows `start` to `stop` of a page: array [stop - start, W, C] of `dtype`, of the computer's own byte order.
 
         Raises:
             UserError: the file cannot be read any more, is damaged, or holds NaN or infinity there.
         """
-        raise NotImplementedError
 
     def page(self, number):
         """A whole page, [H, W, C]; errors as `rows`."""
