@@ -201,12 +201,33 @@ def _add_train(parser):
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in RUN and its options; only --data, --steps, --jit and --backend may be given anew",
+        help="go on with the run in RUN and its options; only --data, --steps, --jit, --backend and --gpus may be given anew",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
         help='JSON object of these options, such as {"steps": 300, "eval_every": 50}; the command line wins over it',
+    )
+    workers = parser.add_argument_group("several machines", "The same command on each; the first host writes RUN.")
+    workers.add_argument(
+        "--hosts",
+        metavar="HOST:PORT,...",
+        default=argparse.SUPPRESS,
+        help="all workers, one a machine; the environment variable TF_CONFIG says the same",
+    )
+    workers.add_argument(
+        "--host-index",
+        metavar="I",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="which of the hosts this one is, from 0 (default: found by its addresses)",
+    )
+    workers.add_argument(
+        "--join-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="how long to wait for the other hosts at the start (default: 60)",
     )
     groups = {}
     for field in dataclasses.fields(TrainConfig):
@@ -226,20 +247,25 @@ def _add_train(parser):
 
 
 def _train(options):
-    from unet_fast import checkpoints, training
+    from unet_fast import checkpoints, distribution, training
 
     given = read_options(options.config, extra=("out",)) if options.config else {}
     given |= {key: value for key, value in vars(options).items() if key not in ("command", "config", "resume")}
     out = given.pop("out", None)
     if not isinstance(out, str):
         raise UserError("train: expected --out RUN, the folder to write; give it")
+    hosts, index = given.pop("hosts", None), given.pop("host_index", None)
+    join_seconds = given.pop("join_timeout", distribution.JOIN_SECONDS)
+    cluster = distribution.Cluster.of(hosts and hosts.split(","), index, join_seconds=join_seconds)
     if options.resume:
         config = checkpoints.load_config(out)[0].resumed(given)
     elif "data" not in given:
         raise UserError("train: expected --data, a data folder or the word synthetic; give it")
     else:
         config = TrainConfig(**given)
-    scores = training.train(config, out, resume=options.resume)
+    scores = training.train(config, out, resume=options.resume, cluster=cluster)
+    if scores is None:  # the first host has them
+        return
     _print_scores(scores, f"{out}/{checkpoints.MODEL}, of step {scores['step']}, on validation fold {scores['fold']}")
 
 

@@ -79,7 +79,7 @@ class TrainConfig:
     )
 
     steps: int = _option("training", 6400, "training steps in all", int, metavar="N", rule=_POSITIVE, resumable=True)
-    batch: int = _option("training", 8, "images a step", int, metavar="N", rule=_POSITIVE)
+    batch: int = _option("training", 8, "images a step on each GPU", int, metavar="N", rule=_POSITIVE)
     lr: float = _option(
         "training",
         1e-4,
@@ -130,6 +130,16 @@ class TrainConfig:
         "fused ops or stock TensorFlow; auto: fused where it is the faster",
         str,
         choices=("auto", "fused", "stock"),
+        resumable=True,
+    )
+
+    gpus: int | None = _option(
+        "engine",
+        None,
+        "train on N GPUs of this machine, or of each of --hosts (default: one, or the CPU where there is none)",
+        int,
+        metavar="N",
+        rule=_POSITIVE,
         resumable=True,
     )
 

@@ -71,21 +71,12 @@ class StepLoop:
 
 def _make_run(model, optimizer, loss_fn, batches):
     """A tf.function of a block of `TrainingBatches.blocks`, its first step to run and how many: losses float32 [count]."""
-
-    # Compiled whatever becomes of the rest: TensorFlow's own kernels for a GPU gather no uint8, and XLA makes
-    # a few kernels of what would be a hundred.
-    @tf.function(jit_compile=True, autograph=False)
-    def load(images, masks, rows, draws):
-        return batches.prepare(tf.gather(images, rows), tf.gather(masks, rows), draws)
+    gradients = loss_and_gradients(model, optimizer, loss_fn, batches)
 
     @tf.function(jit_compile=model.jit_compile, autograph=False)
     def train_step(images, masks, rows, draws):
-        images, labels = load(images, masks, rows, draws)
-        with tf.GradientTape() as tape:
-            loss = loss_fn(labels, model(images, training=True))
-            scaled = optimizer.scale_loss(loss)
-        variables = model.trainable_variables
-        optimizer.apply(tape.gradient(scaled, variables), variables)
+        loss, computed = gradients(images, masks, rows, draws)
+        optimizer.apply(computed, model.trainable_variables)
         return loss
 
     @tf.function(autograph=False)
@@ -98,3 +89,32 @@ def _make_run(model, optimizer, loss_fn, batches):
         return losses.stack()
 
     return run
+
+
+def loss_and_gradients(model, optimizer, loss_fn, batches):
+    """What a step computes before the optimizer has its turn, for a tf.function to trace.
+
+    Args:
+        model, optimizer, loss_fn, batches: as `StepLoop`.
+
+    Returns:
+        function of what `TrainingBatches.blocks` has for a step, (images, masks, rows [B], draws [B, 7]); it returns the
+        mean loss, a float32 scalar, and the gradients of the scaled loss, one a trainable variable.
+
+    Example: see `StepLoop`.
+    """
+
+    # Compiled whatever becomes of the rest: TensorFlow's own kernels for a GPU gather no uint8, and XLA makes
+    # a few kernels of what would be a hundred.
+    @tf.function(jit_compile=True, autograph=False)
+    def load(images, masks, rows, draws):
+        return batches.prepare(tf.gather(images, rows), tf.gather(masks, rows), draws)
+
+    def gradients(images, masks, rows, draws):
+        images, labels = load(images, masks, rows, draws)
+        with tf.GradientTape() as tape:
+            loss = loss_fn(labels, model(images, training=True))
+            scaled = optimizer.scale_loss(loss)
+        return loss, tape.gradient(scaled, model.trainable_variables)
+
+    return gradients

@@ -21,12 +21,12 @@ import tensorflow as tf
 
 from unet_fast import __version__, checkpoints, crossval, report
 from unet_fast.data import TrainingBatches
+from unet_fast.distribution import Distribution
 from unet_fast.errors import UserError
 from unet_fast.evaluation import Evaluator, batches_of, load_labelled, record
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
 from unet_fast.models.geometry import nearest_input_sizes
-from unet_fast.step_loop import StepLoop
 
 _REFERENCE_SIZE = 572  # of the paper's and UNet_Medical's input, which unpadded networks of depth 1 to 5 all take
 _OVERLAYS = 4  # validation images in overlays.png
@@ -68,10 +68,10 @@ class AdamL2(keras.optimizers.Adam):
         return {**super().get_config(), "l2": self.l2}
 
 
-def train(config, out, *, resume=False, console=None):
+def train(config, out, *, resume=False, console=None, devices=None, cluster=None):
     """Train a network into a folder, or go on with it.
 
-    Sets the global random seed. A first SIGINT or SIGTERM stops after the steps under way, half a second or so, and
+    On several GPUs or machines (`unet_fast.distribution`), the first worker alone evaluates and writes files. Sets the global random seed. A first SIGINT or SIGTERM stops after the steps under way, half a second or so, and
     saves; a second one does not save.
 
     Args:
@@ -79,12 +79,15 @@ def train(config, out, *, resume=False, console=None):
         out: folder of the run, see `unet_fast.checkpoints`; new or empty, or to go on one that holds a run.
         resume: go on with the run in `out`: same batches, same dropout, same weights as if it had never stopped.
         console: rich.console.Console to report to; None for standard output.
+        devices: logical devices to train on in place of `config.gpus`, such as ["CPU:0", "CPU:1"].
+        cluster: `unet_fast.distribution.Cluster` of the workers to train with, all of which call this; or None.
 
     Returns:
-        dict of the best model's scores, as in metrics.json.
+        dict of the best model's scores, as in metrics.json; None to all workers but the first.
 
     Raises:
-        UserError: data, sizes or a folder that do not suit; another process at work there; training that diverged.
+        UserError: data, sizes, devices or a folder that do not suit; another process at work there; training that
+            diverged; `unet_fast.distribution.WorkerLost`, another worker that ended.
         Interrupted: a signal came.
 
     >>> import os, tempfile
@@ -100,25 +103,34 @@ def train(config, out, *, resume=False, console=None):
     True
     """
     out = Path(out)
-    if not resume:
+    if not resume and (cluster is None or cluster.index == 0):
         checkpoints.check_new(out)
+    with Distribution(config.gpus, devices, cluster) as distribution:
+        return _train(config, out, resume, console or rich.console.Console(), distribution)
+
+
+def _train(config, out, resume, console, distribution):
     dataset = load_labelled(config.data)
     facts = checkpoints.DataFacts.of(dataset)
     config = _completed(config, facts)
     folds = crossval.folds(len(dataset.images), num_folds=config.folds, split=config.split)
-    trainer = _Trainer(config, dataset, out, console or rich.console.Console())
-    with checkpoints.locked(out):
-        if resume:
+    trainer = _Trainer(config, dataset, out, console, distribution)
+    with checkpoints.locked(out) if distribution.is_chief else contextlib.nullcontext():
+        if resume and distribution.is_chief:
             if checkpoints.load_config(out)[1] != facts:
                 raise UserError(
                     f"{config.data}: not the data that {out} was trained on; say with --data where they are"
                 )
             folds = crossval.load_split(out / checkpoints.SPLIT, dataset.names)
-        else:
-            checkpoints.check_new(out)  # again, now that nobody else can fill it
-            crossval.save_split(out / checkpoints.SPLIT, folds, dataset.names)
-        checkpoints.save_config(out, config, facts, __version__)
-        return trainer.run(*folds[config.fold], resume=resume)
+        training, validation = folds[config.fold]
+        options = dataclasses.asdict(dataclasses.replace(config, data=""))
+        distribution.check_same([options, resume, str(facts), training.tolist(), __version__], "options and data")
+        if distribution.is_chief:
+            if not resume:
+                checkpoints.check_new(out)  # again, now that nobody else can fill it
+                crossval.save_split(out / checkpoints.SPLIT, folds, dataset.names)
+            checkpoints.save_config(out, config, facts, __version__)
+        return trainer.run(training, validation, resume=resume)
 
 
 def _completed(config, facts):
@@ -140,8 +152,9 @@ def _completed(config, facts):
 class _Trainer:
     """The model, the optimizer and the loop of one call of `train`."""
 
-    def __init__(self, config, dataset, out, console):
+    def __init__(self, config, dataset, out, console, distribution=None):
         self.config, self.dataset, self.out, self.console = config, dataset, out, console
+        self.distribution = distribution or Distribution()
         keras.utils.set_random_seed(config.seed)
         self.model = FusedUNet(
             (config.size, config.size, dataset.images.shape[3]),
@@ -165,20 +178,24 @@ class _Trainer:
         self.history = []
 
     def run(self, training, validation, *, resume):
-        config = self.config
-        if resume:
+        config, distribution = self.config, self.distribution
+        if resume and distribution.is_chief:
             self._restore()
+        self.step = distribution.gather(self.step)[0]
         batches = TrainingBatches(
             self.dataset,
             training,
             input_size=config.size,
             output_size=self.model.output_shape[1:3],
-            batch_size=config.batch,
+            batch_size=config.batch * distribution.replicas,
             seed=config.seed,
             augment=config.augment,
         )
-        loop = StepLoop(self.model, self.optimizer, DiceCrossEntropy(backend=config.backend), batches, self.step)
-        evaluator = Evaluator(self.model, batches_of(self.model, self.dataset, validation, config.batch))
+        loss = DiceCrossEntropy(backend=config.backend)
+        loop = distribution.loop(self.model, self.optimizer, loss, batches, self.step)
+        evaluator = None
+        if distribution.is_chief:
+            evaluator = Evaluator(self.model, batches_of(self.model, self.dataset, validation, config.batch))
         ops = "fused" if self.model.uses_fused_ops else "stock"
         self._say(
             f"{len(training)} training and {len(validation)} validation images, fold {config.fold} of {config.folds}; "
@@ -186,10 +203,11 @@ class _Trainer:
             f"{config.precision}, {ops} ops, XLA {'on' if self.model.jit_compile else 'off'}; "
             f"classes 0 to {self.dataset.spec.num_classes - 1} are {', '.join(map(str, self.dataset.spec.mask_values))} "
             "in the masks"
+            + (f"; {distribution}" if distribution.replicas > 1 else "")
         )
         with _signals() as caught, self._bar() as show:
             self._loop(loop, evaluator, caught, show)
-        return self._finish(validation)
+        return self._finish(validation) if distribution.is_chief else None
 
     def _loop(self, loop, evaluator, caught, show):
         config = self.config
@@ -204,18 +222,21 @@ class _Trainer:
             now = time.monotonic()
             timed = timed or (now, self.step)  # after the first step, which traces, compiles and tunes
             steps = self.step - timed[1]
-            speed = steps * config.batch / (now - timed[0]) if steps else None
+            images = steps * config.batch * self.distribution.replicas
+            speed = images / (now - timed[0]) if steps else None
             show(losses[-1], speed)
             if self.step == due:
                 self.seconds = now - begin
                 self._evaluate(evaluator, speed)
                 timed = time.monotonic(), self.step
-            if self.step == due or caught:
+            stop = self.distribution.any(caught)
+            if self.step == due or stop:
                 self.seconds = time.monotonic() - begin
                 self._save()
-            if caught:
+            if stop:
                 mend = f"go on with `unet-fast train --out {self.out} --resume`"
-                raise Interrupted(f"stopped at step {self.step} of {config.steps}; {mend}", caught[0])
+                signum = caught[0] if caught else signal.SIGTERM  # which another worker got
+                raise Interrupted(f"stopped at step {self.step} of {config.steps}; {mend}", signum)
 
     @property
     def _loss_scale(self):
@@ -241,6 +262,9 @@ class _Trainer:
         )
 
     def _evaluate(self, evaluator, speed):
+        if not self.distribution.is_chief:
+            self.losses = []
+            return
         scores = evaluator()
         if not math.isfinite(scores["loss"]):
             raise self._diverged("the validation loss is not finite")
@@ -273,13 +297,22 @@ class _Trainer:
         self._say(_row_text(row, self.config.steps, is_best))
 
     def _save(self):
-        progress = {"step": self.step, "seconds": self.seconds, "losses": self.losses}
+        if not self.distribution.is_chief:
+            return
+        replicas = self.distribution.replicas
+        progress = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "replicas": replicas}
         checkpoints.save_state(self.out, self.model, self.optimizer, progress)
 
     def _restore(self):
         progress = checkpoints.load_state(self.out, self.model, self.optimizer)
         if progress is None:  # killed before the first checkpoint: the seed makes the start the same again
             return
+        replicas = progress.get("replicas", 1)
+        if replicas != self.distribution.replicas:
+            raise UserError(
+                f"{self.out}: was trained by {replicas} replicas, got {self.distribution.replicas}; resume it on as many, "
+                "or start a new run"
+            )
         self.step, self.seconds, self.losses = progress["step"], progress["seconds"], progress["losses"]
         # A kill between an evaluation and its checkpoint leaves a row that will be written again.
         self.history = [row for row in checkpoints.read_history(self.out) if row["step"] <= self.step]
@@ -295,7 +328,8 @@ class _Trainer:
         return record(run, self.dataset, validation)
 
     def _say(self, text):
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self.distribution.is_chief:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def _bar(self):
@@ -308,7 +342,10 @@ class _Trainer:
             rich.progress.TimeRemainingColumn(),
         )
         with rich.progress.Progress(
-            *columns, console=self.console, disable=not self.console.is_terminal, transient=True
+            *columns,
+            console=self.console,
+            disable=not (self.console.is_terminal and self.distribution.is_chief),
+            transient=True,
         ) as progress:
             task = progress.add_task("", total=self.config.steps, completed=self.step, loss="-", speed="")
 
