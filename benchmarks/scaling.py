@@ -88,6 +88,7 @@ class Keras:
         with strategy.scope():
             model = _model(network, "stock", precision)
             model.compile(_optimizer(), losses.DiceCrossEntropy(backend="stock"), jit_compile=False)
+            model.optimizer.build(model.trainable_variables)
 
         def data(at):
             images = tf.random.normal((batch, *model.input_shape[1:]))

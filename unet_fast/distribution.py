@@ -349,7 +349,7 @@ def _make_total(strategy):
     @tf.function(autograph=False, reduce_retracing=True)
     def total(arrays):
         def step(i):
-            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, arrays[i - first])
+            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(arrays[i - first]))
 
         return strategy.experimental_local_results(strategy.run(step, args=(index,)))[0]
 
@@ -419,7 +419,11 @@ class _Replica:
 
 
 class _ReplicaLoop(StepLoop):
-    """The steps of all replicas; its base has the chunks."""
+    """The steps of all replicas; its base has the chunks.
+
+    Attributes:
+        replicas: list of the `_Replica`s of this process.
+    """
 
     def __init__(self, distribution, strategy, model, optimizer, loss_fn, batches, start_step):
         self._distribution = distribution
@@ -430,14 +434,14 @@ class _ReplicaLoop(StepLoop):
         values = distribution.from_chief([np.asarray(v) for v in replica.variables])
         for variable, value in zip(replica.variables, values, strict=True):
             variable.assign(value)
-        replicas = [replica, *(replica.copy(numbers[i], i, devices[i]) for i in range(1, len(devices)))]
+        self.replicas = [replica, *(replica.copy(numbers[i], i, devices[i]) for i in range(1, len(devices)))]
         count = distribution.replicas
-        streams = [batches.blocks(start_step, each.device, (each.number, count)) for each in replicas]
+        streams = [batches.blocks(start_step, each.device, (each.number, count)) for each in self.replicas]
         first = [next(stream) for stream in streams]
-        for each, block in zip(replicas, first, strict=True):
+        for each, block in zip(self.replicas, first, strict=True):
             each.drop_out_differently()
             each.compile(loss_fn, batches, count, block)
-        self._run = _make_run(strategy, replicas)
+        self._run = _make_run(strategy, self.replicas)
         self._blocks = (tuple(itertools.chain(*blocks)) for blocks in itertools.chain([first], zip(*streams)))
         self._block, self._position, self._length = None, 0, 0
         self._chunk = 1
