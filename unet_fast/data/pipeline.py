@@ -294,6 +294,10 @@ def _finish(stream):
 
 def _on_device(stream, device):
     """The stream's elements on a device, the next ones copied while one is used."""
+    options = tf.data.Options()
+    # An iterator that tunes itself has a thread, for whose end its own sometimes waits a minute.
+    options.autotune.enabled = False
+    stream = stream.with_options(options)
     if "CPU" in device:
         return stream.prefetch(1)
     return stream.apply(tf.data.experimental.prefetch_to_device(device, buffer_size=2))
