@@ -94,7 +94,16 @@ def test_devices_that_are_refused(local):
 # Two workers
 
 
-SMALL = {"filters": 2, "depth": 1, "padding": "same", "size": 32, "lr": 1e-2, "dropout": 0.0, "steps": 9, "eval_every": 3}
+SMALL = {
+    "filters": 2,
+    "depth": 1,
+    "padding": "same",
+    "size": 32,
+    "lr": 1e-2,
+    "dropout": 0.0,
+    "steps": 9,
+    "eval_every": 3,
+}
 
 
 def free_ports():
@@ -256,7 +265,9 @@ def test_this_machine_is_found_among_the_hosts():
 )
 def test_tf_config(content, expected):
     cluster = Cluster.of(environment={"TF_CONFIG": json.dumps(content)})
-    assert (cluster and (cluster.hosts, cluster.index)) == (expected if expected is None else (("a:1", "b:2"), expected))
+    assert (cluster and (cluster.hosts, cluster.index)) == (
+        expected if expected is None else (("a:1", "b:2"), expected)
+    )
 
 
 @pytest.mark.parametrize(

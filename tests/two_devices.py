@@ -45,7 +45,9 @@ def runs(folder):
 def loop(dropout=0.0, precision="float32", spoil=None):
     """A loop over two replicas; `spoil` is what the second one's loss is multiplied by."""
     keras.utils.set_random_seed(0)
-    model = FusedUNet((32, 32, 1), filters=2, depth=1, padding="same", dropout=dropout, backend="stock", dtype=precision)
+    model = FusedUNet(
+        (32, 32, 1), filters=2, depth=1, padding="same", dropout=dropout, backend="stock", dtype=precision
+    )
     model.jit_compile = False
     optimizer = keras.optimizers.SGD(1e-2)
     if precision == "mixed_float16":

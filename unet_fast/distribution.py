@@ -298,7 +298,9 @@ def _gpus(count):
     if count is None:
         return ["GPU:0"] if found else ["CPU:0"]
     if count > found:
-        raise UserError(f"expected {count} GPUs for --gpus {count}, found {found or 'none'}; give at most what is there")
+        raise UserError(
+            f"expected {count} GPUs for --gpus {count}, found {found or 'none'}; give at most what is there"
+        )
     return [f"GPU:{i}" for i in range(count)]
 
 
@@ -310,7 +312,9 @@ def _join(cluster, devices):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else the last training's port seems taken
             probe.bind(("", int(own.rpartition(":")[2])))
     except OSError as error:
-        raise UserError(f"{own}: cannot listen there ({error.strerror}); end what uses the port, or choose another") from error
+        raise UserError(
+            f"{own}: cannot listen there ({error.strerror}); end what uses the port, or choose another"
+        ) from error
     gpus = sum(device.startswith("GPU") for device in devices)
     tf.config.set_visible_devices(tf.config.list_physical_devices("GPU")[:gpus], "GPU")
     milliseconds = int(1000 * cluster.join_seconds)
@@ -349,7 +353,9 @@ def _make_total(strategy):
     @tf.function(autograph=False, reduce_retracing=True)
     def total(arrays):
         def step(i):
-            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(arrays[i - first]))
+            return tf.distribute.get_replica_context().all_reduce(
+                tf.distribute.ReduceOp.SUM, tf.identity(arrays[i - first])
+            )
 
         return strategy.experimental_local_results(strategy.run(step, args=(index,)))[0]
 
@@ -442,7 +448,8 @@ class _ReplicaLoop(StepLoop):
             each.drop_out_differently()
             each.compile(loss_fn, batches, count, block)
         self._run = _make_run(strategy, self.replicas)
-        self._blocks = (tuple(itertools.chain(*blocks)) for blocks in itertools.chain([first], zip(*streams)))
+        blocks = itertools.chain([first], zip(*streams, strict=True))
+        self._blocks = (tuple(itertools.chain(*block)) for block in blocks)
         self._block, self._position, self._length = None, 0, 0
         self._chunk = 1
 
@@ -453,7 +460,9 @@ class _ReplicaLoop(StepLoop):
 
 def _make_run(strategy, replicas):
     """As `step_loop._make_run`, of the blocks of all replicas here one after the other."""
-    here = strategy.experimental_distribute_values_from_function(lambda at: replicas[at.replica_id_in_sync_group - replicas[0].number])
+    here = strategy.experimental_distribute_values_from_function(
+        lambda at: replicas[at.replica_id_in_sync_group - replicas[0].number]
+    )
 
     @tf.function(autograph=False)
     def run(*arguments):

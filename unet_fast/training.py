@@ -71,8 +71,8 @@ class AdamL2(keras.optimizers.Adam):
 def train(config, out, *, resume=False, console=None, devices=None, cluster=None):
     """Train a network into a folder, or go on with it.
 
-    On several GPUs or machines (`unet_fast.distribution`), the first worker alone evaluates and writes files. Sets the global random seed. A first SIGINT or SIGTERM stops after the steps under way, half a second or so, and
-    saves; a second one does not save.
+    Sets the global random seed. A first SIGINT or SIGTERM stops after the steps under way, half a second or so, and
+    saves; a second one does not save. On several machines the first one alone evaluates and writes files.
 
     Args:
         config: TrainConfig; to go on, the run's own from `TrainConfig.resumed`.
@@ -202,8 +202,7 @@ class _Trainer:
             f"{self.model.count_params():,} parameters, input {config.size}, output {self.model.output_shape[1]}; "
             f"{config.precision}, {ops} ops, XLA {'on' if self.model.jit_compile else 'off'}; "
             f"classes 0 to {self.dataset.spec.num_classes - 1} are {', '.join(map(str, self.dataset.spec.mask_values))} "
-            "in the masks"
-            + (f"; {distribution}" if distribution.replicas > 1 else "")
+            "in the masks" + (f"; {distribution}" if distribution.replicas > 1 else "")
         )
         with _signals() as caught, self._bar() as show:
             self._loop(loop, evaluator, caught, show)
