@@ -12,12 +12,13 @@ import sys
 import tempfile
 
 from unet_fast import __version__
-from unet_fast.config import TrainConfig, flag, read_options
+from unet_fast.config import TrainConfig, flag, numbers, read_options
 from unet_fast.errors import UserError
 
 _DESCRIPTIONS = {
     "data": "A data folder is ISBI-2012's three TIFFs, or images/ and masks/ with equal names.",
     "network": "The defaults are the network of the U-Net paper: 572 pixels in, 388 out.",
+    "augmentation": "All of it is drawn anew for each image and step.",
     "training": "The defaults are the recipe of NVIDIA's UNet_Medical.",
     "engine": None,
 }
@@ -198,10 +199,11 @@ def _add_run(parser):
 
 def _add_train(parser):
     parser.add_argument("--out", metavar="RUN", default=argparse.SUPPRESS, help="folder to write; new or empty")
+    *most, last = (flag(field) for field in dataclasses.fields(TrainConfig) if field.metadata["resumable"])
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in RUN and its options; only --data, --steps, --jit and --backend may be given anew",
+        help=f"go on with the run in RUN and its options; only {', '.join(most)} and {last} may be given anew",
     )
     parser.add_argument(
         "--config",
@@ -221,7 +223,8 @@ def _add_train(parser):
         if about["kind"] is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         else:
-            arguments |= {"type": about["kind"], "metavar": about["metavar"], "choices": about["choices"]}
+            kind = numbers if about["kind"] is tuple else about["kind"]
+            arguments |= {"type": kind, "metavar": about["metavar"], "choices": about["choices"]}
         groups[about["group"]].add_argument(flag(field), **arguments)
 
 
