@@ -1,6 +1,6 @@
-"""A training that is killed (SIGKILL) at its n-th write to the disk, and gone on with: a program for test_resume.py.
+"""Trainings that are killed (SIGKILL) at their n-th write to the disk, and gone on with: a program for test_resume.py.
 
-    python killed_training.py RUN CONFIG.json 3 8 0
+    python killed_training.py CONFIG.json RUN=3,8,0 ...
 
 trains into RUN once for each number: killed as the third fsync or rename begins, resumed and killed at the eighth, and resumed to
 its end. Each is a process of its own, forked off one that has imported everything and started nothing. Prints how each ended:
@@ -44,9 +44,9 @@ def train(out, options):
         training.train(TrainConfig(**options), out, console=console)
 
 
-def main(out, config, *kills):
+def main(config, *runs):
     options = json.loads(Path(config).read_text())
-    for kill in map(int, kills):
+    for out, kill in ((out, int(kill)) for out, kills in (run.split("=") for run in runs) for kill in kills.split(",")):
         child = os.fork()
         if child == 0:
             try:
