@@ -1,4 +1,4 @@
-"""The command line, `unet-fast`: train, evaluate, predict, info.
+"""The command line, `unet-fast`: train, evaluate, predict, tune, info.
 
 TensorFlow is imported only once the arguments are known to be good, so that help and a mistyped option answer at once.
 """
@@ -21,6 +21,7 @@ _DESCRIPTIONS = {
     "training": "The defaults are the recipe of NVIDIA's UNet_Medical.",
     "engine": None,
 }
+_TUNED = ("size", "filters", "depth", "padding", "upsampling")  # of TrainConfig: what a network's products depend on
 
 
 def main(argv=None):
@@ -174,6 +175,27 @@ def _parser():
         action="store_true",
         help="write each class's probability, as float32 TIFF or NIfTI, instead of labels",
     )
+
+    tune = command(
+        "tune",
+        _tune,
+        "measure which engine and tile is the fastest for each layer on this GPU",
+        "Measure on this machine's GPU on which engine and tile each convolution of a network is the fastest, forward and "
+        "backward, and record that for all programs that start later. The defaults are the reference network's.",
+    )
+    tune.add_argument("--run", metavar="RUN", help="the network of this run; then no option of the network is taken")
+    tune.add_argument("--batch", metavar="N", type=int, nargs="+", default=[8, 1], help="images a step (default: 8 1)")
+    tune.add_argument(
+        "--precision",
+        choices=("mixed_float16", "mixed_bfloat16"),
+        help="dtype policy (default: mixed_float16, or RUN's)",
+    )
+    for name in _TUNED:
+        field = TrainConfig.__dataclass_fields__[name]
+        about = field.metadata
+        tune.add_argument(
+            flag(field), type=about["kind"], metavar=about["metavar"], choices=about["choices"], help=about["help"]
+        )
 
     info = command(
         "info",
@@ -335,6 +357,31 @@ def _predict(options):
             on_progress=lambda done: progress.update(task, completed=done),
         )
     print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} files to {options.output}")
+
+
+def _tune(options):
+    import tensorflow as tf
+
+    from unet_fast import FusedUNet, checkpoints, tuning
+
+    tf.config.set_visible_devices([], "GPU")  # whose memory TensorFlow would take, all of it
+    given = {name: getattr(options, name) for name in _TUNED if getattr(options, name) is not None}
+    if options.run and given:
+        raise UserError(
+            f"tune: expected --run or options of a network, got both (--{next(iter(given))}); leave one out"
+        )
+    if min(options.batch) < 1:
+        raise UserError(f"tune: expected --batch of at least 1, got {min(options.batch)}")
+    precision = options.precision
+    if options.run:
+        config = checkpoints.load_config(options.run)[0]
+        if precision is None and config.precision == "float32":
+            raise UserError(f"tune: {options.run} is in float32, which runs on stock TensorFlow; give --precision")
+        precision = precision or config.precision
+        given = {name: getattr(config, name) for name in _TUNED}
+    size = given.pop("size", 572)
+    model = FusedUNet((size, size, 1), backend="fused", **given)
+    tuning.tune(model, options.batch, (precision or "mixed_float16").removeprefix("mixed_"))
 
 
 def _info(options):
