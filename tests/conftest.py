@@ -8,9 +8,6 @@ import keras
 import numpy as np
 import pytest
 
-from unet_fast.cli import main
-from unet_fast.data import generate, write_tiff
-
 
 @pytest.fixture(autouse=True)
 def _fresh_keras():
@@ -22,6 +19,8 @@ def _fresh_keras():
 @pytest.fixture(scope="session")
 def stacks(tmp_path_factory):
     """A data folder of four TIFFs of two pages of 64 x 64 pixels each, with masks of 0 and 255, and names to be careful with."""
+    from unet_fast.data import generate, write_tiff
+
     folder = tmp_path_factory.mktemp("stacks")
     images, masks = generate(8, size=(64, 64))
     for i, stem in enumerate(("<img src=x onerror=alert(1)>", "b&amp;b", "c 'c' \"c\"", "d")):
@@ -42,6 +41,8 @@ def crossval_options(stacks):
 @pytest.fixture(scope="session")
 def crossval_folder(crossval_options, tmp_path_factory):
     """What `unet-fast crossval` made of them; not to be changed."""
+    from unet_fast.cli import main
+
     out = tmp_path_factory.mktemp("runs") / "crossval"
     assert main(["crossval", "--out", str(out), *crossval_options]) == 0
     return out

@@ -83,7 +83,7 @@ def test_files_are_dealt_out_where_there_are_enough():
     assert shared(three, num_folds=3) == shared(three, num_folds=3, group="file") == [(0, 3)] * 3
     assert any(both for both, _ in shared(three, num_folds=3, group="image"))
     assert any(both for both, _ in shared(three, num_folds=4)), "fewer files than folds: by image"
-    with pytest.raises(UserError, match="at least 4 files for 4 folds, got 3; use fewer folds, or .* --group image"):
+    with pytest.raises(UserError, match=r"at least 4 files for 4 folds, got 3; use fewer folds, or .* --group image"):
         draw(a_dataset(three), num_folds=4, group="file")
 
 

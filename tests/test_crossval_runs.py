@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from unet_fast import crossval_runs
+from unet_fast import crossval_runs, training
 from unet_fast.cli import main
 from unet_fast.data import write_tiff
 from unet_fast.errors import UserError
@@ -95,7 +95,7 @@ def test_what_is_printed(crossval_folder, capsys):
     assert f"{scores['soft_dice']['mean']:.4f} ± {scores['soft_dice']['sd']:.4f}" in printed
     assert f"{scores['dice_per_class']['mean'][1]:.4f} ± {scores['dice_per_class']['sd'][1]:.4f}" in printed
     for fold in (0, 1):
-        row = next(line for line in printed.splitlines() if re.match(rf"│ {fold} +│ 4 ", line) or f"│ {fold}    │      4 │" in line)
+        row = next(line for line in printed.splitlines() if re.match(rf"│ {fold} +│ +4 │", line))
         assert f"{scores['dice']['per_fold'][fold]:.4f}" in row
     assert {fold: (crossval_folder / fold / "model.keras").stat().st_mtime_ns for fold in models} == models
     assert (crossval_folder / "metrics.json").read_text() == before
@@ -147,6 +147,7 @@ def test_the_folder_is_an_ensemble(crossval_folder, stacks, tmp_path):
 def test_mistakes(crossval_folder, crossval_options, stacks, tmp_path, capsys):
     out = tmp_path / "out"
     for arguments, message in (
+        (["--out", out, "--resume"], "expected the folder of a cross-validation, found no such folder"),
         (["--out", out], "expected --data"),
         (["--data", stacks], "expected --out OUT"),
         (["--data", stacks, "--out", out, "--fold", "1"], "unrecognized arguments: --fold 1"),
@@ -154,7 +155,6 @@ def test_mistakes(crossval_folder, crossval_options, stacks, tmp_path, capsys):
         (["--data", stacks, "--out", out, "--split", "nvidia", "--group", "file"], "one of images, not of files"),
         (["--data", stacks, "--out", out, "--size", "33", "--padding", "same"], "fold 0: input size 33 does not fit"),
         (["--data", stacks, "--out", crossval_folder], "go on with --resume"),
-        (["--out", out, "--resume"], "expected the folder of a cross-validation, found no such folder"),
         (["--out", crossval_folder / "fold0", "--resume"], "found no crossval.json in it"),
         (["--out", crossval_folder, "--resume", "--lr", "1"], "--lr is 1.0 but the run to resume has 0.01"),
     ):
@@ -162,12 +162,17 @@ def test_mistakes(crossval_folder, crossval_options, stacks, tmp_path, capsys):
         assert not out.exists() or not [file for file in out.iterdir() if file.name != ".lock"]
     for command in ("train --out {} --resume", "evaluate --run {}"):
         line = mistake(capsys, *command.format(crossval_folder).split())
-        assert line == f"{crossval_folder}: is a cross-validation's folder; give one of the runs in it, such as {crossval_folder / 'fold0'}"
+        assert line.startswith(
+            f"{crossval_folder}: is a cross-validation's folder; give one of the runs in it, such as "
+        )
 
 
-def test_images_of_a_file_on_both_sides_are_told(crossval_options, tmp_path, capsys):
-    options = [*crossval_options, "--steps", "1", "--group", "image"]
-    assert main(["train", "--out", str(tmp_path / "run"), *options]) == 0
+def test_images_of_a_file_on_both_sides_are_told(crossval_options, tmp_path, capsys, monkeypatch):
+    def enough():
+        raise UserError("enough")
+
+    monkeypatch.setattr(training, "_signals", enough)
+    assert main(["train", "--out", str(tmp_path / "run"), *crossval_options, "--group", "image"]) == 2
     printed = capsys.readouterr().out
     assert re.search(r"note: \d of 4 files have images in training and validation both", printed)
     assert "--group file and --folds 2 keeps files together" in printed

@@ -39,7 +39,13 @@ def test_the_commands_work_in_their_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = commands()
     assert [line.split()[1] for line in lines if line.startswith("unet-fast")] == [
-        "train", "evaluate", "report", "predict", "crossval", "report", "predict",
+        "train",
+        "evaluate",
+        "report",
+        "predict",
+        "crossval",
+        "report",
+        "predict",
     ]
     for line in lines:
         run(line, monkeypatch)

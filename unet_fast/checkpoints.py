@@ -154,7 +154,9 @@ def load_config(path):
     if not file.is_file():
         found = "no such folder" if not path.exists() else f"no {CONFIG} in it"
         if (path / CROSSVAL).is_file():
-            raise UserError(f"{path}: is a cross-validation's folder; give one of the runs in it, such as {path / 'fold0'}")
+            raise UserError(
+                f"{path}: is a cross-validation's folder; give one of the runs in it, such as {path / 'fold0'}"
+            )
         raise UserError(f"{path}: expected the folder of a run, found {found}; give the --out of `unet-fast train`")
     options = read_options(file)
     try:

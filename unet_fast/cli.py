@@ -192,7 +192,9 @@ def _parser():
     )
     report.add_argument("--run", metavar="RUN", required=True, help="folder that `unet-fast train` or `crossval` wrote")
     report.add_argument(
-        "--output", metavar="FILE", help="file to write; nothing there is overwritten (default: RUN/report.html, renewed)"
+        "--output",
+        metavar="FILE",
+        help="file to write; nothing there is overwritten (default: RUN/report.html, renewed)",
     )
     report.add_argument("--data", metavar="DIR", help="the run's data, if they have moved")
     report.add_argument(

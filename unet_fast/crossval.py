@@ -101,9 +101,7 @@ def draw(dataset, *, num_folds=5, split="partition", group="auto"):
     """
     enough = split == "partition" and len(set(dataset.files)) >= num_folds
     by_file = group == "file" or (group == "auto" and enough)
-    return folds(
-        len(dataset.files), num_folds=num_folds, split=split, files=dataset.files if by_file else None
-    )
+    return folds(len(dataset.files), num_folds=num_folds, split=split, files=dataset.files if by_file else None)
 
 
 def shared_files(dataset, fold):

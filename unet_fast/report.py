@@ -52,7 +52,12 @@ def curves(history, path):
     for k, key in enumerate(classes):
         line(dice, key, color=CLASS_COLOURS[k % len(CLASS_COLOURS)], linewidth=1, label=f"class {k}")
     dice.plot(
-        best["step"], best["val_dice"], "*", color=VALIDATION_COLOUR, markersize=13, label=f"best: {best['val_dice']:.4f}"
+        best["step"],
+        best["val_dice"],
+        "*",
+        color=VALIDATION_COLOUR,
+        markersize=13,
+        label=f"best: {best['val_dice']:.4f}",
     )
     dice.set(title="Dice on the validation fold", xlabel="step", ylim=(None, 1))
     for axes in (loss, dice):

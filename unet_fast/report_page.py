@@ -64,11 +64,8 @@ def write_report(path, output=None, *, data=None, images=3):
     path = Path(path)
     if images < 0:
         raise UserError(f"expected --images to be at least 0, got {images}; give such a number")
-    if (path / checkpoints.CROSSVAL).is_file():
-        content = _crossval_content(path, data, images)
-    else:
-        content = _run_content(path, data, images)
-    page = _render(content)
+    content_of = _crossval_content if (path / checkpoints.CROSSVAL).is_file() else _run_content
+    page = _render(content_of(path, data, images))
     target = Path(output) if output else path / REPORT
     with atomic_path(target, overwrite=output is None) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -81,7 +78,10 @@ def _render(content):
         return f"sha256-{digest}"
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
     )
     script = _template("report.js")
@@ -442,7 +442,9 @@ def _jpeg(pixels, size):
 
 def _overlay(classes, shown, size):
     """Class colours where `shown`, and nothing elsewhere, as a PNG with a palette."""
-    colours = np.array([[int(_colour(k)[i : i + 2], 16) for i in (1, 3, 5)] for k in range(classes.max() + 1)], np.uint8)
+    colours = np.array(
+        [[int(_colour(k)[i : i + 2], 16) for i in (1, 3, 5)] for k in range(classes.max() + 1)], np.uint8
+    )
     rgba = np.dstack([colours[classes], np.uint8(shown) * 255])
     picture = Image.fromarray(rgba)
     if picture.size != size:
