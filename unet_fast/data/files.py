@@ -54,7 +54,7 @@ def atomic_path(path, *, overwrite):
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.filename in (None, name):  # a full disk is told by the file that the user knows
+        if error.errno and error.filename in (None, name):  # a full disk is told by the file that the user knows
             error.filename = str(path)
         raise
     finally:
