@@ -1,4 +1,5 @@
 """The command line, `unet-fast`: train, evaluate, predict, tune, info.
+"""The command line, `unet-fast`: train, crossval, evaluate, predict, report, info.
 
 TensorFlow is imported only once the arguments are known to be good, so that help and a mistyped option answer at once.
 """
@@ -123,6 +124,15 @@ def _parser():
             "Train a network. RUN receives the best model, a checkpoint to resume from, scores and pictures.",
         )
     )
+    _add_train(
+        command(
+            "crossval",
+            _crossval,
+            "train a network on each fold",
+            "Train a network on each fold of the data. OUT receives the runs, fold0 and so on, and the scores of all.",
+        ),
+        one_fold=False,
+    )
 
     evaluate = command(
         "evaluate",
@@ -196,6 +206,26 @@ def _parser():
         tune.add_argument(
             flag(field), type=about["kind"], metavar=about["metavar"], choices=about["choices"], help=about["help"]
         )
+    report = command(
+        "report",
+        _report,
+        "write a page about a run",
+        "Write one HTML page of a run, or of a cross-validation: scores, curves, best and worst images, settings.",
+    )
+    report.add_argument("--run", metavar="RUN", required=True, help="folder that `unet-fast train` or `crossval` wrote")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="file to write; nothing there is overwritten (default: RUN/report.html, renewed)",
+    )
+    report.add_argument("--data", metavar="DIR", help="the run's data, if they have moved")
+    report.add_argument(
+        "--images",
+        metavar="N",
+        type=int,
+        default=3,
+        help="how many of the best and how many of the worst images to show (default: %(default)s)",
+    )
 
     info = command(
         "info",
@@ -218,12 +248,15 @@ def _add_run(parser):
     parser.add_argument("--run", metavar="RUN", required=True, help="folder that `unet-fast train` wrote")
 
 
-def _add_train(parser):
-    parser.add_argument("--out", metavar="RUN", default=argparse.SUPPRESS, help="folder to write; new or empty")
+def _add_train(parser, one_fold=True):
+    """The options of `TrainConfig`; without `one_fold` those of all folds alike."""
+    out, what = ("RUN", "the run in RUN") if one_fold else ("OUT", "the folds in OUT that are not finished")
+    parser.add_argument("--out", metavar=out, default=argparse.SUPPRESS, help="folder to write; new or empty")
+    anew = [flag(field) for field in dataclasses.fields(TrainConfig) if field.metadata["resumable"]]
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in RUN and its options; only --data, --steps, --jit and --backend may be given anew",
+        help=f"go on with {what} and its options; only {', '.join(anew[:-1])} and {anew[-1]} may be given anew",
     )
     parser.add_argument(
         "--config",
@@ -233,6 +266,8 @@ def _add_train(parser):
     groups = {}
     for field in dataclasses.fields(TrainConfig):
         about = field.metadata
+        if field.name == "fold" and not one_fold:
+            continue
         if about["group"] not in groups:
             groups[about["group"]] = parser.add_argument_group(about["group"], _DESCRIPTIONS[about["group"]])
         text = about["help"]
@@ -250,19 +285,35 @@ def _add_train(parser):
 def _train(options):
     from unet_fast import checkpoints, training
 
+    given, out = _given(options, "train", "RUN")
+    config = checkpoints.load_config(out)[0].resumed(given) if options.resume else TrainConfig(**given)
+    scores = training.train(config, out, resume=options.resume)
+    _print_scores(scores, f"{out}/{checkpoints.MODEL}, of step {scores['step']}, on validation fold {scores['fold']}")
+
+
+def _crossval(options):
+    import rich.console
+
+    from unet_fast import crossval_runs
+
+    given, out = _given(options, "crossval", "OUT")
+    given.pop("fold", None)  # of a run's own config
+    config = crossval_runs.load_options(out).resumed(given) if options.resume else TrainConfig(**given)
+    result = crossval_runs.cross_validate(config, out, resume=options.resume)
+    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+    crossval_runs.show(result, f"{out}, {config.folds} folds: mean ± standard deviation", console)
+
+
+def _given(options, command, metavar):
+    """The options of a training from the config file and the command line, and the folder to write."""
     given = read_options(options.config, extra=("out",)) if options.config else {}
     given |= {key: value for key, value in vars(options).items() if key not in ("command", "config", "resume")}
     out = given.pop("out", None)
     if not isinstance(out, str):
-        raise UserError("train: expected --out RUN, the folder to write; give it")
-    if options.resume:
-        config = checkpoints.load_config(out)[0].resumed(given)
-    elif "data" not in given:
-        raise UserError("train: expected --data, a data folder or the word synthetic; give it")
-    else:
-        config = TrainConfig(**given)
-    scores = training.train(config, out, resume=options.resume)
-    _print_scores(scores, f"{out}/{checkpoints.MODEL}, of step {scores['step']}, on validation fold {scores['fold']}")
+        raise UserError(f"{command}: expected --out {metavar}, the folder to write; give it")
+    if "data" not in given and not options.resume:
+        raise UserError(f"{command}: expected --data, a data folder or the word synthetic; give it")
+    return given, out
 
 
 def _evaluate(options):
@@ -382,6 +433,11 @@ def _tune(options):
     size = given.pop("size", 572)
     model = FusedUNet((size, size, 1), backend="fused", **given)
     tuning.tune(model, options.batch, (precision or "mixed_float16").removeprefix("mixed_"))
+def _report(options):
+    from unet_fast import report_page
+
+    written = report_page.write_report(options.run, options.output, data=options.data, images=options.images)
+    print(f"wrote {written}")
 
 
 def _info(options):
