@@ -23,6 +23,8 @@ if not _for_command_line:
             "set KERAS_BACKEND=tensorflow before keras is first imported"
         )
 
-    from unet_fast import layers, losses, metrics, ops, reference
+    from unet_fast import _library, layers, losses, metrics, ops, reference
     from unet_fast.fusion import fuse, unfuse
     from unet_fast.models import FusedUNet
+
+    _library.status()  # registers the ops, by which alone a SavedModel of them can be loaded; never raises

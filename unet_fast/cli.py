@@ -1,4 +1,4 @@
-"""The command line, `unet-fast`: train, evaluate, predict, info.
+"""The command line, `unet-fast`: train, evaluate, predict, export, import-checkpoint, info.
 
 TensorFlow is imported only once the arguments are known to be good, so that help and a mistyped option answer at once.
 """
@@ -175,6 +175,38 @@ def _parser():
         help="write each class's probability, as float32 TIFF or NIfTI, instead of labels",
     )
 
+    export = command(
+        "export",
+        _export,
+        "write a run's network for other programs",
+        "Write a run's best model as a SavedModel or as ONNX, and compare what it computes with the run's own model.",
+    )
+    _add_run(export)
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("savedmodel", "savedmodel-fused", "onnx"),
+        help="SavedModel of TensorFlow's own ops, SavedModel of the fused ops, or ONNX",
+    )
+    export.add_argument(
+        "--output", metavar="PATH", required=True, help="folder (SavedModel) or .onnx file to write; new"
+    )
+    export.add_argument(
+        "--precision",
+        choices=("float32", "float16", "bfloat16"),
+        help="what to compute in (default: the run's own for savedmodel-fused, else float32)",
+    )
+
+    _add_import(
+        command(
+            "import-checkpoint",
+            _import_checkpoint,
+            "make a run of UNet_Medical's weights",
+            "Make a run of a checkpoint of NVIDIA's UNet_Medical, TensorFlow 1 or 2, or of a Keras file of its network, "
+            "for evaluate, predict and export.",
+        )
+    )
+
     info = command(
         "info",
         _info,
@@ -194,6 +226,68 @@ def _parser():
 
 def _add_run(parser):
     parser.add_argument("--run", metavar="RUN", required=True, help="folder that `unet-fast train` wrote")
+
+
+def _add_import(parser):
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="TensorFlow checkpoint (its folder, or PREFIX of PREFIX.index), .keras, .h5 or .weights.h5 file",
+    )
+    parser.add_argument("--out", metavar="RUN", required=True, help="folder to write; new or empty")
+    network = parser.add_argument_group("network", "What shapes and names do not tell.")
+    network.add_argument(
+        "--padding",
+        choices=("valid", "same"),
+        help="of the 3x3 convolutions (default: valid, or what a Keras file says)",
+    )
+    network.add_argument(
+        "--size",
+        metavar="N",
+        type=int,
+        help="side of the network's input in pixels (default: 572, or what a Keras file says; for padding same the "
+        "largest that fits the images)",
+    )
+    network.add_argument(
+        "--precision",
+        choices=("float32", "mixed_float16", "mixed_bfloat16"),
+        default="float32",
+        help="dtype policy (default: %(default)s)",
+    )
+    images = parser.add_argument_group("images", "Those that it was trained on. The defaults are those of ISBI 2012.")
+    images.add_argument(
+        "--data", metavar="DIR", help="data folder, or the word synthetic; it tells all of the following"
+    )
+    images.add_argument(
+        "--split",
+        choices=("partition", "nvidia"),
+        default="nvidia",
+        help="with --data: the folds (default: %(default)s)",
+    )
+    images.add_argument(
+        "--fold", metavar="K", type=int, default=0, help="with --data: fold to validate on (default: %(default)s)"
+    )
+    images.add_argument(
+        "--image-size",
+        metavar=("HEIGHT", "WIDTH"),
+        nargs=2,
+        type=int,
+        default=(512, 512),
+        help="before they were resized (default: 512 512)",
+    )
+    images.add_argument("--image-dtype", choices=("uint8", "uint16", "float32"), default="uint8", help="default: uint8")
+    images.add_argument(
+        "--value-range",
+        metavar=("LOW", "HIGH"),
+        nargs=2,
+        type=float,
+        help="pixel values that became -1 and 1 (default: 0 and the type's greatest)",
+    )
+    images.add_argument(
+        "--mask-values",
+        metavar="VALUES",
+        help="what masks hold for each class, such as 0,128,255 (default: 0,255 of two classes, else 0,1,2 and so on)",
+    )
 
 
 def _add_train(parser):
@@ -335,6 +429,54 @@ def _predict(options):
             on_progress=lambda done: progress.update(task, completed=done),
         )
     print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} files to {options.output}")
+
+
+def _export(options):
+    from unet_fast import export
+
+    done = export.export_run(options.run, options.format, options.output, precision=options.precision)
+    facts = done.facts
+    low, high = (f"{value:g}" for value in facts.value_range)
+    print(f"wrote {done.path}, which computes in {facts.precision}")
+    print(
+        f"input {export.INPUT}: float32 [batch, height, width, {facts.channels}], pixel values as in the training's "
+        f"{facts.image_dtype} images ({low} to {high}); height and width {facts.sizes}"
+    )
+    if facts.scale != (1.0, 1.0):
+        print(f"resize images by {facts.scale[0]:g} (height) and {facts.scale[1]:g} (width) before, as training did")
+    smaller = f", {facts.margin} pixels smaller on each side" if facts.margin else ""
+    values = ", ".join(map(str, facts.mask_values))
+    print(
+        f"output {export.OUTPUT}: float32 [batch, height, width, {len(facts.mask_values)}]{smaller}; the classes are "
+        f"{values} in the training's masks"
+    )
+    for size, difference in done.differences.items():
+        print(f"largest difference from the run's model, {size}: {difference:.1e}")
+
+
+def _import_checkpoint(options):
+    from unet_fast import migration
+
+    try:
+        values = options.mask_values and tuple(map(int, options.mask_values.split(",")))
+    except ValueError as error:
+        raise UserError(
+            f"expected --mask-values to be whole numbers with commas between, got {options.mask_values!r}; correct it"
+        ) from error
+    names = ("data", "split", "fold", "padding", "size", "precision", "image_dtype", "value_range")
+    arguments = {name: getattr(options, name) for name in names}
+    done = migration.import_checkpoint(
+        options.path, options.out, image_size=tuple(options.image_size), mask_values=values, **arguments
+    )
+    model = done.model
+    print(f"{done.kind}: took {done.variables} variables, left {done.skipped} of the optimizer and the like")
+    print(
+        f"{model.count_params():,} parameters: filters {model.filters}, depth {model.depth}, padding {model.padding}, "
+        f"{model.upsampling}, {model.num_classes} classes; input {model.input_shape[1]}, output {model.output_shape[1]}"
+    )
+    if done.difference is not None:
+        print(f"largest difference from the file's own model, on a random image: {done.difference:.1e}")
+    print(f"wrote {options.out}")
 
 
 def _info(options):
