@@ -403,7 +403,7 @@ def _data_facts(data, config, channels, image_size, image_dtype, value_range, ma
     if not value_range[0] < value_range[1]:
         raise UserError(f"expected --value-range LOW HIGH with LOW less than HIGH, got {value_range}; give such values")
     mask_values = mask_values or ((0, 255) if classes == 2 else tuple(range(classes)))
-    if len(mask_values) != classes or list(mask_values) != sorted(set(mask_values)) or not 0 <= mask_values[0]:
+    if len(mask_values) != classes or list(mask_values) != sorted(set(mask_values)) or not mask_values[0] >= 0:
         raise UserError(
             f"expected --mask-values to be {classes} ascending numbers, one a class, got {mask_values}; correct it"
         )
