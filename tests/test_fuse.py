@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras import layers
 from keras_unet_collection import models as collection
 
-from unet_fast import FusedUNet, fuse, unfuse
+from unet_fast import FusedUNet, _library, fuse, unfuse
 from unet_fast.errors import UserError
 from unet_fast.fusion import FusedModel
 from unet_fast.layers import FusedConv2D, FusedConv2DTranspose
@@ -42,8 +42,8 @@ def assert_equal(model, other, training=False, atol=2e-5):
         np.testing.assert_allclose(a, b, atol=atol * largest)
 
 
-# What "auto" comes to depends on the machine; a GPU's fused ops take no float32.
-BACKEND = "auto" if tf.config.list_physical_devices("GPU") else "fused"
+# What "auto" comes to depends on the machine; a GPU's fused ops take no float32, and a library may be missing.
+BACKEND = "fused" if _library.status().available and not tf.config.list_physical_devices("GPU") else "auto"
 
 
 def fused(model, backend=BACKEND):
