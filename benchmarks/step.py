@@ -6,7 +6,8 @@
 
 The network, loss and optimizer are UNet_Medical's: 572x572x1 to 388x388x2, cross entropy and Dice, L2 5e-4, Adam 1e-4,
 dropout 0.5, dynamic loss scale in mixed precision; keras_unet.py and torch_unet.py have them. The systems named float16
-predict with weights in float16 too, cast once (`FusedUNet.for_prediction`). Data are random and lie on the GPU. timing.py says what is timed, and does so the same way for all.
+predict with weights in float16 too, cast once (`FusedUNet.for_prediction`). Data are random and lie on the GPU. timing.py
+says what is timed, and does so the same way for all.
 
 Each figure comes from a process of its own. The next process imports its framework while the one before compiles; while
 one is timed, no other does anything. The most telling rows come first, and FILE is written after each. With --resume, rows

@@ -16,14 +16,13 @@ from unet_fast.layers import (
     FusedConv2D,
     FusedConv2DTranspose,
     check_backend,
+    fused_faster_on_cpu,
     unwrapped,
     use_fused,
     weights_cast_together,
 )
 from unet_fast.models.geometry import output_size
 
-_FUSED_ON_CPU_FILTERS = 64
-_CPU_VECTOR = 16
 _UPSAMPLING = {"transpose3x3": 3, "transpose2x2": 2}
 
 
@@ -115,10 +114,7 @@ class FusedUNet(keras.Model):
 
     @property
     def _fused_on_cpu(self):
-        # Measured (docs/performance.md): under XLA the fused ops are the faster ones whatever the width; in a graph the
-        # twin's oneDNN convolutions are, until a network is this wide, and unless its channels fill whole vectors.
-        wide = self.filters >= _FUSED_ON_CPU_FILTERS and self.filters % _CPU_VECTOR == 0
-        return wide or self.jit_compile
+        return fused_faster_on_cpu(self.filters) or self.jit_compile
 
     def with_backend(self, backend):
         """A new FusedUNet with the same weights on another backend; not compiled.
