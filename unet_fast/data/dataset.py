@@ -51,6 +51,7 @@ class Dataset:
         names: N strings, one an image.
         spec: `DatasetSpec`.
         spacings: N `Spacing`, the size of a pixel of each image.
+        files: N numbers, equal for images of one file: the pages of a TIFF, or the slices of a volume.
     """
 
     images: np.ndarray | Pages
@@ -58,6 +59,7 @@ class Dataset:
     names: tuple[str, ...]
     spec: DatasetSpec
     spacings: tuple[Spacing, ...]
+    files: tuple[int, ...]
 
     @classmethod
     def from_arrays(
@@ -70,6 +72,7 @@ class Dataset:
         mask_values=None,
         ignore_value=None,
         spacings=None,
+        files=None,
         layout="arrays",
     ):
         """Check arrays and make a data set of them.
@@ -86,6 +89,7 @@ class Dataset:
             ignore_value: what masks hold in pixels to leave out, which is then no class; None for nothing. It must occur,
                 unless a model prescribes the classes.
             spacings: N `Spacing`; 1 pixel if None.
+            files: N numbers, equal for images of one file; if None, each image stands for itself.
             layout: recorded in `spec`.
 
         Returns:
@@ -132,7 +136,8 @@ class Dataset:
         else:
             mask_values = ignore_value = None
         spec = DatasetSpec(layout, mask_values and len(mask_values), _value_range(images), mask_values, ignore_value)
-        return cls(images, masks, names, spec, tuple(spacings or [Spacing()] * count))
+        spacings, files = tuple(spacings or [Spacing()] * count), tuple(range(count) if files is None else files)
+        return cls(images, masks, names, spec, spacings, files)
 
     def with_value_range(self, value_range):
         """The same data, normalised by another range: that of the model that shall see it.
