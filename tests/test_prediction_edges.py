@@ -68,7 +68,9 @@ def test_files_of_any_size_and_type(tmp_path, suffix, dtype, channels):
         image = rng.integers(0, np.iinfo(dtype).max, (*size, channels), endpoint=True).astype(dtype)
         source, target = (tmp_path / f"{name}-{size[0]}-{size[1]}{suffix}" for name in ("in", "out"))
         if suffix == ".tif":
-            tifffile.imwrite(source, image if channels == 3 else image[..., 0], photometric="rgb" if channels == 3 else None)
+            tifffile.imwrite(
+                source, image if channels == 3 else image[..., 0], photometric="rgb" if channels == 3 else None
+            )
         elif suffix == ".png":
             write_png(source, image if channels == 3 else image[..., 0])
         else:

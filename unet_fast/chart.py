@@ -76,7 +76,10 @@ def _ticks(low, high, count):
     """Round numbers from at most `low` to at least `high`."""
     if low == high:
         low, high = low - abs(low) / 10 - 1e-3, high + abs(high) / 10 + 1e-3
-    return [round(float(tick), 10) for tick in matplotlib.ticker.MaxNLocator(count, steps=[1, 2, 5, 10]).tick_values(low, high)]
+    return [
+        round(float(tick), 10)
+        for tick in matplotlib.ticker.MaxNLocator(count, steps=[1, 2, 5, 10]).tick_values(low, high)
+    ]
 
 
 def _thinned(points):

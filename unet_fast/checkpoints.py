@@ -137,10 +137,17 @@ def set_jit(model, config):
         model.jit_compile = config.jit == "on"
 
 
-def save_config(path, config, facts, version):
-    """Write a run's config.json."""
+def save_config(path, config, facts, version, *, imported=False):
+    """Write a run's config.json; `imported` marks a model that was trained elsewhere."""
     about = {"dataset": dataclasses.asdict(facts), "version": version, "environment": environment()}
+    about |= {"imported": True} if imported else {}
     write_json(path / CONFIG, {**dataclasses.asdict(config), **about})
+
+
+def check_trained_here(path):
+    """Raises UserError unless the run in `path` was trained by `unet-fast train`: an imported one cannot go on."""
+    if read_json(Path(path) / CONFIG).get("imported"):
+        raise UserError(f"{path}: holds an imported model, which has no training to go on with; train a new run")
 
 
 def load_config(path):

@@ -223,7 +223,7 @@ def read_options(path, extra=()):
         raise UserError(f"{path}: expected JSON, got something else ({error}); correct it") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object of options, got {type(content).__name__}; write {{...}}")
-    for recorded in ("dataset", "version", "environment"):
+    for recorded in ("dataset", "version", "environment", "imported"):
         content.pop(recorded, None)
     known = [field.name for field in dataclasses.fields(TrainConfig)] + list(extra)
     for name in content:

@@ -92,6 +92,8 @@ def evaluate_run(path, data=None, *, tolerance=None):
     """
     run = checkpoints.load_run(path)
     source = data or run.config.data
+    if data is None and run.facts.layout == "imported":
+        raise UserError(f"{path}: was imported and knows no data of its own; give some with --data")
     dataset = load_labelled(source, mask_values=run.facts.mask_values)
     run.facts.check(dataset.images, source)
     if dataset.images.shape[1:3] != run.facts.image_shape[:2]:

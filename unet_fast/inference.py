@@ -140,7 +140,7 @@ def predict_files(
         predict_files(run, "new.tif", "labels.tif", tta=True)
     """
     runs = runs if isinstance(runs, (list, tuple)) else [runs]
-    models = [_tiled(run.model, tile) for run in runs]
+    models = [_tiled(run.model, tile).for_prediction() for run in runs]
     check_alike(models, [str(run.path) for run in runs])
     _check_same_data(runs)
     facts = runs[0].facts

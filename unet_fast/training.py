@@ -101,7 +101,9 @@ def train(config, out, *, resume=False, folds=None, console=None):
     True
     """
     out = Path(out)
-    if not resume:
+    if resume:
+        checkpoints.check_trained_here(out)
+    else:
         checkpoints.check_new(out)
     dataset = load_labelled(config.data)
     facts = checkpoints.DataFacts.of(dataset)
