@@ -23,11 +23,13 @@ import numpy as np
 
 from unet_fast.config import TrainConfig, read_options
 from unet_fast.data.files import atomic_path
+from unet_fast.environment import environment
 from unet_fast.errors import UserError
 from unet_fast.models import FusedUNet
 
 MODEL, STATE, CONFIG, SPLIT = "model.keras", "last/state.npz", "config.json", "split.json"
 HISTORY, METRICS, CURVES, OVERLAYS = "history.csv", "metrics.json", "curves.png", "overlays.png"
+CROSSVAL = "crossval.json"  # of a folder of runs, see `unet_fast.crossval_runs`
 _LOCK = ".lock"
 
 
@@ -120,6 +122,11 @@ def load_runs(paths):
     folders = []
     for path in map(Path, paths):
         inner = [] if (path / MODEL).is_file() else sorted(file.parent for file in path.glob(f"*/{MODEL}"))
+        if (path / CROSSVAL).is_file() and not (path / METRICS).is_file():
+            raise UserError(
+                f"{path}: this cross-validation is not finished; go on with `unet-fast crossval --out {path} --resume`, or "
+                "name runs in it"
+            )
         folders += inner or [path]
     return [load_run(folder) for folder in folders]
 
@@ -132,9 +139,9 @@ def set_jit(model, config):
 
 def save_config(path, config, facts, version, *, imported=False):
     """Write a run's config.json; `imported` marks a model that was trained elsewhere."""
-    content = {**dataclasses.asdict(config), "dataset": dataclasses.asdict(facts), "version": version}
-    content |= {"imported": True} if imported else {}
-    write_json(path / CONFIG, content)
+    about = {"dataset": dataclasses.asdict(facts), "version": version, "environment": environment()}
+    about |= {"imported": True} if imported else {}
+    write_json(path / CONFIG, {**dataclasses.asdict(config), **about})
 
 
 def check_trained_here(path):
@@ -153,10 +160,19 @@ def load_config(path):
     file = path / CONFIG
     if not file.is_file():
         found = "no such folder" if not path.exists() else f"no {CONFIG} in it"
+        if (path / CROSSVAL).is_file():
+            raise UserError(
+                f"{path}: is a cross-validation's folder; give one of the runs in it, such as {path / 'fold0'}"
+            )
         raise UserError(f"{path}: expected the folder of a run, found {found}; give the --out of `unet-fast train`")
     options = read_options(file)
     try:
         facts = read_json(file)["dataset"]
+        if "mask_values" not in facts:
+            raise UserError(
+                f"{file}: written by an earlier version, which did not record the values of the masks; train again, or add "
+                'them to "dataset", such as "mask_values": [0, 255]'
+            )
         facts = DataFacts(**{key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()})
         return TrainConfig(**options), facts
     except (KeyError, TypeError) as error:
@@ -169,7 +185,8 @@ def check_new(path):
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: expected a folder for the run, found a file; choose another name")
     if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
-        mend = "go on with --resume, or choose another folder" if (path / CONFIG).exists() else "choose another folder"
+        is_ours = (path / CONFIG).exists() or (path / CROSSVAL).exists()
+        mend = "go on with --resume, or choose another folder" if is_ours else "choose another folder"
         raise UserError(f"{path}: expected a new or empty folder for the run, found files in it; {mend}")
 
 

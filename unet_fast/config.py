@@ -51,6 +51,13 @@ class TrainConfig:
     split: str = _option("data", "partition", "how the folds are drawn", str, choices=("partition", "nvidia"))
     folds: int = _option("data", 5, "number of folds", int, metavar="N", rule=("at least 2", lambda value: value >= 2))
     fold: int = _option("data", 0, "fold to validate on, from 0", int, metavar="K", rule=_NOT_NEGATIVE)
+    group: str = _option(
+        "data",
+        "auto",
+        "what the folds deal out, whole files or images; auto: files where there are as many as folds",
+        str,
+        choices=("auto", "file", "image"),
+    )
     augment: bool = _option("data", True, "flip, crop and brighten the training images at random", bool)
 
     size: int | None = _option(
@@ -216,7 +223,7 @@ def read_options(path, extra=()):
         raise UserError(f"{path}: expected JSON, got something else ({error}); correct it") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object of options, got {type(content).__name__}; write {{...}}")
-    for recorded in ("dataset", "version", "imported"):
+    for recorded in ("dataset", "version", "environment", "imported"):
         content.pop(recorded, None)
     known = [field.name for field in dataclasses.fields(TrainConfig)] + list(extra)
     for name in content:

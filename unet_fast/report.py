@@ -7,8 +7,8 @@ import numpy as np
 
 from unet_fast.data.files import atomic_path
 
-_TRAIN, _VALIDATION = "#6c757d", "#0b6e99"
-_CLASSES = (
+TRAINING_COLOUR, VALIDATION_COLOUR = "#6c757d", "#0b6e99"
+CLASS_COLOURS = (
     "#d1495b",
     "#2a9d8f",
     "#edae49",
@@ -44,15 +44,20 @@ def curves(history, path):
     def line(axes, key, **style):
         axes.plot(steps, [np.nan if row[key] is None else row[key] for row in history], **marker, **style)
 
-    line(loss, "loss", color=_TRAIN, label="training")
-    line(loss, "val_loss", color=_VALIDATION, label="validation")
+    line(loss, "loss", color=TRAINING_COLOUR, label="training")
+    line(loss, "val_loss", color=VALIDATION_COLOUR, label="validation")
     loss.set(title="Cross-entropy + soft Dice loss", xlabel="step")
-    line(dice, "val_dice", color=_VALIDATION, linewidth=2, label="mean of classes")
-    line(dice, "val_soft_dice", color=_VALIDATION, linestyle=":", label="soft, mean of classes")
+    line(dice, "val_dice", color=VALIDATION_COLOUR, linewidth=2, label="mean of classes")
+    line(dice, "val_soft_dice", color=VALIDATION_COLOUR, linestyle=":", label="soft, mean of classes")
     for k, key in enumerate(classes):
-        line(dice, key, color=_CLASSES[k % len(_CLASSES)], linewidth=1, label=f"class {k}")
+        line(dice, key, color=CLASS_COLOURS[k % len(CLASS_COLOURS)], linewidth=1, label=f"class {k}")
     dice.plot(
-        best["step"], best["val_dice"], "*", color=_VALIDATION, markersize=13, label=f"best: {best['val_dice']:.4f}"
+        best["step"],
+        best["val_dice"],
+        "*",
+        color=VALIDATION_COLOUR,
+        markersize=13,
+        label=f"best: {best['val_dice']:.4f}",
     )
     dice.set(title="Dice on the validation fold", xlabel="step", ylim=(None, 1))
     for axes in (loss, dice):
@@ -77,7 +82,7 @@ def overlays(samples, path):
     """
     present = sorted(set().union(*(np.unique(mask).tolist() for _, _, *masks in samples for mask in masks)))
     # A class has the colour of its number, whatever others are there.
-    colours = matplotlib.colors.ListedColormap([_CLASSES[k % len(_CLASSES)] for k in range(present[-1] + 1)])
+    colours = matplotlib.colors.ListedColormap([CLASS_COLOURS[k % len(CLASS_COLOURS)] for k in range(present[-1] + 1)])
     style = {"cmap": colours, "vmin": -0.5, "vmax": present[-1] + 0.5, "interpolation": "nearest"}
     figure = matplotlib.figure.Figure(figsize=(11, 2.75 * len(samples) + 0.6), dpi=120, layout="constrained")
     grid = figure.subplots(len(samples), 4, squeeze=False)

@@ -68,7 +68,7 @@ class AdamL2(keras.optimizers.Adam):
         return {**super().get_config(), "l2": self.l2}
 
 
-def train(config, out, *, resume=False, console=None):
+def train(config, out, *, resume=False, folds=None, console=None):
     """Train a network into a folder, or go on with it.
 
     Sets the global random seed. A first SIGINT or SIGTERM stops after the steps under way, half a second or so, and
@@ -78,6 +78,7 @@ def train(config, out, *, resume=False, console=None):
         config: TrainConfig; to go on, the run's own from `TrainConfig.resumed`.
         out: folder of the run, see `unet_fast.checkpoints`; new or empty, or to go on one that holds a run.
         resume: go on with the run in `out`: same batches, same dropout, same weights as if it had never stopped.
+        folds: those of a new run, as `unet_fast.crossval.folds` gives them; None to draw them as the options say.
         console: rich.console.Console to report to; None for standard output.
 
     Returns:
@@ -107,7 +108,8 @@ def train(config, out, *, resume=False, console=None):
     dataset = load_labelled(config.data)
     facts = checkpoints.DataFacts.of(dataset)
     config = _completed(config, facts)
-    folds = crossval.folds(len(dataset.images), num_folds=config.folds, split=config.split)
+    if folds is None:
+        folds = crossval.draw(dataset, num_folds=config.folds, split=config.split, group=config.group)
     trainer = _Trainer(config, dataset, out, console or rich.console.Console())
     with checkpoints.locked(out):
         if resume:
@@ -189,6 +191,12 @@ class _Trainer:
             f"classes 0 to {self.dataset.spec.num_classes - 1} are {', '.join(map(str, self.dataset.spec.mask_values))} "
             "in the masks"
         )
+        shared, files = crossval.shared_files(self.dataset, (training, validation))
+        if shared and files > 1:
+            self._say(
+                f"note: {shared} of {files} files have images in training and validation both, which flatters the scores; "
+                f"a partition with --group file and --folds {min(files, config.folds)} keeps files together"
+            )
         with _signals() as caught, self._bar() as show:
             self._loop(loop, evaluator, caught, show)
         return self._finish(validation)

@@ -38,6 +38,7 @@ class Dataset:
         names: N strings, one an image.
         spec: `DatasetSpec`.
         spacings: N `Spacing`, the size of a pixel of each image.
+        files: N numbers, equal for images of one file: the pages of a TIFF, or the slices of a volume.
     """
 
     images: np.ndarray | Pages
@@ -45,10 +46,20 @@ class Dataset:
     names: tuple[str, ...]
     spec: DatasetSpec
     spacings: tuple[Spacing, ...]
+    files: tuple[int, ...]
 
     @classmethod
     def from_arrays(
-        cls, images, masks=None, *, names=None, num_classes=None, mask_values=None, spacings=None, layout="arrays"
+        cls,
+        images,
+        masks=None,
+        *,
+        names=None,
+        num_classes=None,
+        mask_values=None,
+        spacings=None,
+        files=None,
+        layout="arrays",
     ):
         """Check arrays and make a data set of them.
 
@@ -62,6 +73,7 @@ class Dataset:
             mask_values: K values in ascending order, one a class, when a model prescribes them; for (0, 1) and (0, 255)
                 the other is taken, too.
             spacings: N `Spacing`; 1 pixel if None.
+            files: N numbers, equal for images of one file; if None, each image stands for itself.
             layout: recorded in `spec`.
 
         Returns:
@@ -108,7 +120,8 @@ class Dataset:
         else:
             mask_values = None
         spec = DatasetSpec(layout, mask_values and len(mask_values), _value_range(images), mask_values)
-        return cls(images, masks, names, spec, tuple(spacings or [Spacing()] * count))
+        spacings, files = tuple(spacings or [Spacing()] * count), tuple(range(count) if files is None else files)
+        return cls(images, masks, names, spec, spacings, files)
 
     def with_value_range(self, value_range):
         """The same data, normalised by another range: that of the model that shall see it.

@@ -67,17 +67,19 @@ def load_dataset(path, *, num_classes=None, mask_values=None):
         raise UserError(f"{root}: no data found; expected {_LAYOUTS}")
     pairs = _isbi_pairs(root) if is_isbi else _folder_pairs(root)
     stacks, masks = _open_pairs(pairs)
-    names, spacings = [], []
-    for stack in stacks:
+    names, spacings, files = [], [], []
+    for number, stack in enumerate(stacks):
         stem, count = stem_of(stack.path), stack.shape[0]
         names += [stem] if count == 1 else [f"{stem}_{page:03d}" for page in range(count)]
         spacings += [stack.spacing] * count
+        files += [number] * count
     images, masks = Pages(stacks), Pages(masks) if masks else None
     if sum(math.prod(p.shape) * p.dtype.itemsize for p in (images, masks) if p is not None) <= IN_MEMORY_BYTES:
         images, masks = images[:], masks and masks[:][..., 0]
     layout = "isbi" if is_isbi else "folder"
     try:
-        return Dataset.from_arrays(images, masks, names=names, spacings=spacings, layout=layout, **classes)
+        about = {"names": names, "spacings": spacings, "files": files, "layout": layout}
+        return Dataset.from_arrays(images, masks, **about, **classes)
     except UserError as error:
         raise error if str(root) in str(error) else UserError(f"{root}: {error}") from error
 

@@ -134,6 +134,29 @@ class FusedUNet(keras.Model):
         twin.set_weights(self.get_weights())
         return twin
 
+    def for_prediction(self):
+        """The network with its weights in the dtype that it computes in, to predict with; not to be trained further.
+
+        Under a mixed policy every call casts all weights, which at a batch of 1 is a tenth of the time. Here they are
+        cast once; the outputs are the same to the bit.
+
+        Returns:
+            FusedUNet of policy "float16" where this one's is "mixed_float16", and so on; this one itself where its
+            weights are of that dtype already.
+
+        >>> from unet_fast.models import FusedUNet
+        >>> model = FusedUNet((32, 32, 1), filters=2, depth=1, padding="same", dtype="mixed_float16")
+        >>> model.for_prediction().dtype_policy.name
+        'float16'
+        """
+        policy = self.dtype_policy
+        if policy.variable_dtype == policy.compute_dtype:
+            return self
+        twin = type(self).from_config({**self.get_config(), "dtype": policy.compute_dtype})
+        twin.set_weights(self.get_weights())
+        twin.jit_compile = self.jit_compile
+        return twin
+
     def load_weights(self, filepath, skip_mismatch=False, **kwargs):
         """`keras.Model.load_weights`, which also reads a file saved from another backend.
 
