@@ -5,8 +5,9 @@
     python benchmarks/step.py --json FILE [--table] [--plot FILE.png]
 
 The network, loss and optimizer are UNet_Medical's: 572x572x1 to 388x388x2, cross entropy and Dice, L2 5e-4, Adam 1e-4,
-dropout 0.5, dynamic loss scale in mixed precision; keras_unet.py and torch_unet.py have them. Data are random and lie on
-the GPU. timing.py says what is timed, and does so the same way for all.
+dropout 0.5, dynamic loss scale in mixed precision; keras_unet.py and torch_unet.py have them. The systems named float16
+predict with weights in float16 too, cast once (`FusedUNet.for_prediction`). Data are random and lie on the GPU. timing.py
+says what is timed, and does so the same way for all.
 
 Each figure comes from a process of its own. The next process imports its framework while the one before compiles; while
 one is timed, no other does anything. The most telling rows come first, and FILE is written after each. With --resume, rows
@@ -43,9 +44,12 @@ SYSTEMS = {  # name: (module, its System's options)
     "torch amp eager": ("torch_unet", {"compiled": False}),
     "keras mixed_float16 xla": ("keras_unet", {"backend": "stock", "policy": "mixed_float16", "xla": True}),
     "keras mixed_float16 graph": ("keras_unet", {"backend": "stock", "policy": "mixed_float16", "xla": False}),
+    "unet_fast float16": ("keras_unet", {"backend": "fused", "policy": "float16", "xla": True}),
+    "keras float16 xla": ("keras_unet", {"backend": "stock", "policy": "float16", "xla": True}),
     "keras tf32 xla": ("keras_unet", {"backend": "stock", "policy": "float32", "xla": True}),
     "keras float32 graph": ("keras_unet", {"backend": "stock", "policy": "float32", "xla": False, "tf32": False}),
 }
+PREDICT_ONLY = ("unet_fast float16", "keras float16 xla")  # weights in float16 too: `FusedUNet.for_prediction`
 FIRST = ("unet_fast", "keras mixed_float16 xla", "torch amp compile")  # measured before the others
 MARK = "step.py worker: "  # begins a worker's lines to the one who started it; frameworks print as they like
 WORKER_SECONDS = 300  # that a worker may take to its next line
@@ -225,7 +229,8 @@ def ordered(systems, phases, batches):
     """
     batches = sorted(batches, key=lambda batch: batch != 8)
     groups = ([s for s in FIRST if s in systems], [s for s in systems if s not in FIRST])
-    return [(s, phase, batch) for group in groups for batch in batches for phase in phases for s in group]
+    jobs = [(s, phase, batch) for group in groups for batch in batches for phase in phases for s in group]
+    return [job for job in jobs if job[1] == "infer" or job[0] not in PREDICT_ONLY]
 
 
 def previous(path, facts):

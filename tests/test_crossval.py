@@ -6,7 +6,8 @@ from collections import deque
 import numpy as np
 import pytest
 
-from unet_fast.crossval import folds, load_split, save_split
+from unet_fast.crossval import draw, folds, load_split, save_split, shared_files
+from unet_fast.data import Dataset
 from unet_fast.errors import UserError
 
 NAMES = [f"s{i}" for i in range(12)]
@@ -45,6 +46,56 @@ def test_nvidia_folds_of_isbi():
     assert made[1][1].tolist() == [4, 7, 9, 18, 19, 25]
     assert [len(train) for train, _ in made] == [24] * 5
     assert len(set(np.concatenate([validation for _, validation in made]))) < 30, "they overlap, as published"
+
+
+@pytest.mark.parametrize("num_folds", [2, 3, 4])
+def test_files_stay_together(num_folds):
+    files = [0, 0, 0, 7, 2, 2, 2, 2, 3, 3, 5]
+    made = folds(len(files), num_folds=num_folds, files=files)
+    assert sorted(np.concatenate([validation for _, validation in made])) == list(range(len(files)))
+    counts = []
+    for train, validation in made:
+        here, there = ({files[i] for i in part} for part in (train, validation))
+        assert here | there == set(files) and not here & there
+        assert train.tolist() == sorted(train) and validation.tolist() == sorted(validation)
+        counts.append(len(there))
+    assert max(counts) - min(counts) <= 1
+
+
+def test_files_of_one_image_are_dealt_as_images_are():
+    for ours, theirs in zip(folds(12, files=range(12)), folds(12), strict=True):
+        for part, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(part, other)
+
+
+def a_dataset(files):
+    images = np.zeros((len(files), 2, 2), np.uint8)
+    images[:, 0] = 1
+    return Dataset.from_arrays(images, images, files=files)
+
+
+def test_files_are_dealt_out_where_there_are_enough():
+    def shared(files, **options):
+        dataset = a_dataset(files)
+        return [shared_files(dataset, fold) for fold in draw(dataset, **options)]
+
+    three = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert shared(three, num_folds=3) == shared(three, num_folds=3, group="file") == [(0, 3)] * 3
+    assert any(both for both, _ in shared(three, num_folds=3, group="image"))
+    assert any(both for both, _ in shared(three, num_folds=4)), "fewer files than folds: by image"
+    with pytest.raises(UserError, match=r"at least 4 files for 4 folds, got 3; use fewer folds, or .* --group image"):
+        draw(a_dataset(three), num_folds=4, group="file")
+
+
+def test_the_nvidia_split_and_one_stack_stay_by_image():
+    stack = a_dataset([0] * 30)
+    for options in ({"split": "nvidia"}, {"split": "partition"}):
+        for ours, theirs in zip(draw(stack, **options), folds(30, **options), strict=True):
+            np.testing.assert_array_equal(ours[1], theirs[1])
+    volumes = a_dataset([i // 5 for i in range(30)])
+    np.testing.assert_array_equal(draw(volumes, split="nvidia")[2][1], folds(30, split="nvidia")[2][1])
+    with pytest.raises(UserError, match="one of images, not of files"):
+        draw(volumes, split="nvidia", group="file")
 
 
 def test_seeds():

@@ -273,3 +273,21 @@ def test_an_image_that_does_not_fit(backend, padding, nearest):
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"expects image sizes of 4 \* n"):
         late(images(1, 42, 44, 1))
     assert late(images(1, 44, 44, 1)).shape == model(images(1, 44, 44, 1)).shape
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("backend", ["fused", "stock"])
+def test_weights_cast_once_predict_the_same_bits(policy, backend):
+    model = FusedUNet((32, 32, 1), filters=4, depth=1, padding="same", backend=backend, dtype=policy)
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.standard_normal(w.shape) * 0.2 for w in model.get_weights()])
+    cast = model.for_prediction()
+    assert {v.dtype for v in cast.variables if "kernel" in v.path} == {policy.removeprefix("mixed_")}
+    image = rng.standard_normal((2, 32, 32, 1)).astype(np.float32)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model(image)), keras.ops.convert_to_numpy(cast(image)))
+    assert cast.for_prediction() is cast
+
+
+def test_float32_predicts_as_it_is():
+    model = FusedUNet((32, 32, 1), filters=2, depth=1, padding="same")
+    assert model.for_prediction() is model

@@ -9,7 +9,7 @@
 import sys as _sys
 
 __version__ = "0.1.0"
-__all__ = ["FusedUNet", "layers", "losses", "metrics", "ops", "reference"]
+__all__ = ["FusedUNet", "fuse", "layers", "losses", "metrics", "ops", "reference", "unfuse"]
 
 # The command line answers --help and a mistyped option before it imports TensorFlow, whose import takes seconds.
 _for_command_line = "".join(_sys.argv[:1]).endswith("/unet-fast") or _sys.orig_argv[1:3] == ["-m", "unet_fast"]
@@ -23,5 +23,8 @@ if not _for_command_line:
             "set KERAS_BACKEND=tensorflow before keras is first imported"
         )
 
-    from unet_fast import layers, losses, metrics, ops, reference
+    from unet_fast import _library, layers, losses, metrics, ops, reference
+    from unet_fast.fusion import fuse, unfuse
     from unet_fast.models import FusedUNet
+
+    _library.status()  # registers the ops, by which alone a SavedModel of them can be loaded; never raises

@@ -16,7 +16,7 @@ def layer_choices(model, batch, compute_capability, dtype="float16"):
 
     Returns:
         list of dict, a product each: `layer`, its name; `shape`, "570x570x64 > 568x568x64", inputs joined by "+";
-        `product`: "forward", "input gradient" or "weight gradient"; `engine`: "sm90", "wmma", "direct" or "none";
+        `product`: "forward", "input gradient" or "weight gradient"; `engine`: "sm90", "cudnn", "wmma", "direct" or "none";
         `detail`: its tile, or why it is this engine.
 
     Raises:
@@ -37,19 +37,40 @@ def layer_choices(model, batch, compute_capability, dtype="float16"):
     if not hasattr(_native, "gpu"):
         raise ImportError("the library was built without CUDA")
     rows = []
-    for layer in model.layers:
-        if isinstance(layer, FusedConv2D):
-            ask, problem = _native.gpu.conv2d_choices, _convolution(_native.gpu, layer, batch, dtype)
-        elif isinstance(layer, FusedConv2DTranspose):
-            ask, problem = _native.gpu.conv2d_transpose_choices, _transposed(_native.gpu, layer, batch, dtype)
-        else:
-            continue
-        outputs = keras.tree.flatten(layer.output)
-        shape = f"{' + '.join(map(_shape, keras.tree.flatten(layer.input)))} > {_shape(outputs[0])}"
+    for layer, shape, problem, transposed in convolutions(model, batch, dtype):
+        ask = _native.gpu.conv2d_transpose_choices if transposed else _native.gpu.conv2d_choices
         for choice in ask(problem, compute_capability):
             row = {"layer": layer.name, "shape": shape, "product": choice.product}
             rows.append(row | {"engine": choice.engine, "detail": choice.detail})
     return rows
+
+
+def convolutions(model, batch, dtype):
+    """The problems that the kernels are given by a model's fused convolutions.
+
+    Args:
+        model, batch, dtype: as `layer_choices`; the library was built with CUDA.
+
+    Yields:
+        (layer, its shapes in words, `_native.gpu` problem, whether it is a transposed convolution).
+
+    >>> from unet_fast import FusedUNet, _native, choices
+    >>> model = FusedUNet((32, 32, 1), filters=8, depth=1, padding="same", backend="fused")
+    >>> len(list(choices.convolutions(model, 1, "float16"))) if _native.cuda else 8
+    8
+    """
+    from unet_fast import _native
+
+    for layer in model.layers:
+        if isinstance(layer, FusedConv2D):
+            problem = _convolution(_native.gpu, layer, batch, dtype)
+        elif isinstance(layer, FusedConv2DTranspose):
+            problem = _transposed(_native.gpu, layer, batch, dtype)
+        else:
+            continue
+        outputs = keras.tree.flatten(layer.output)
+        shape = f"{' + '.join(map(_shape, keras.tree.flatten(layer.input)))} > {_shape(outputs[0])}"
+        yield layer, shape, problem, isinstance(layer, FusedConv2DTranspose)
 
 
 def _shape(tensor):

@@ -1,4 +1,4 @@
-"""The command line, `unet-fast`: train, evaluate, predict, info.
+"""The command line, `unet-fast`: train, crossval, evaluate, predict, tune, report, export, import-checkpoint, info.
 
 TensorFlow is imported only once the arguments are known to be good, so that help and a mistyped option answer at once.
 """
@@ -11,13 +11,14 @@ import re
 import sys
 import tempfile
 
-from unet_fast import __version__
-from unet_fast.config import TrainConfig, flag, read_options
+from unet_fast import __version__, commands
+from unet_fast.config import TrainConfig, flag, numbers
 from unet_fast.errors import UserError
 
 _DESCRIPTIONS = {
     "data": "A data folder is ISBI-2012's three TIFFs, or images/ and masks/ with equal names.",
     "network": "The defaults are the network of the U-Net paper: 572 pixels in, 388 out.",
+    "augmentation": "All of it is drawn anew for each image and step.",
     "training": "The defaults are the recipe of NVIDIA's UNet_Medical.",
     "engine": None,
 }
@@ -107,25 +108,34 @@ def _parser():
         prog="unet-fast", description="Train, check and use U-Nets for image segmentation.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"unet-fast {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name, run, help, description):
-        added = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+        added = subparsers.add_parser(name, help=help, description=description, allow_abbrev=False)
         added.set_defaults(command=run)
         return added
 
     _add_train(
         command(
             "train",
-            _train,
+            commands.train,
             "train a network on a folder of images and masks",
             "Train a network. RUN receives the best model, a checkpoint to resume from, scores and pictures.",
         )
     )
+    _add_train(
+        command(
+            "crossval",
+            commands.crossval,
+            "train a network on each fold",
+            "Train a network on each fold of the data. OUT receives the runs, fold0 and so on, and the scores of all.",
+        ),
+        one_fold=False,
+    )
 
     evaluate = command(
         "evaluate",
-        _evaluate,
+        commands.evaluate,
         "score a trained network",
         "Score a run's best model on its validation fold, and record that in RUN/metrics.json; or on another folder.",
     )
@@ -141,7 +151,7 @@ def _parser():
 
     predict = command(
         "predict",
-        _predict,
+        commands.predict,
         "segment new images",
         "Segment images of any size with a run's best model, or an ensemble of several runs'. Labels are those of the "
         "training's masks.",
@@ -175,9 +185,83 @@ def _parser():
         help="write each class's probability, as float32 TIFF or NIfTI, instead of labels",
     )
 
+    tune = command(
+        "tune",
+        commands.tune,
+        "measure which engine and tile is the fastest for each layer on this GPU",
+        "Measure on this machine's GPU on which engine and tile each convolution of a network is the fastest, forward and "
+        "backward, and record that for all programs that start later. The defaults are the reference network's.",
+    )
+    tune.add_argument("--run", metavar="RUN", help="the network of this run; then no option of the network is taken")
+    tune.add_argument("--batch", metavar="N", type=int, nargs="+", default=[8, 1], help="images a step (default: 8 1)")
+    tune.add_argument(
+        "--precision",
+        choices=("mixed_float16", "mixed_bfloat16"),
+        help="dtype policy (default: mixed_float16, or RUN's)",
+    )
+    for name in commands.TUNED:
+        field = TrainConfig.__dataclass_fields__[name]
+        about = field.metadata
+        tune.add_argument(
+            flag(field), type=about["kind"], metavar=about["metavar"], choices=about["choices"], help=about["help"]
+        )
+
+    report = command(
+        "report",
+        commands.report,
+        "write a page about a run",
+        "Write one HTML page of a run, or of a cross-validation: scores, curves, best and worst images, settings.",
+    )
+    report.add_argument("--run", metavar="RUN", required=True, help="folder that `unet-fast train` or `crossval` wrote")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="file to write; nothing there is overwritten (default: RUN/report.html, renewed)",
+    )
+    report.add_argument("--data", metavar="DIR", help="the run's data, if they have moved")
+    report.add_argument(
+        "--images",
+        metavar="N",
+        type=int,
+        default=3,
+        help="how many of the best and how many of the worst images to show (default: %(default)s)",
+    )
+
+    export = command(
+        "export",
+        commands.export,
+        "write a run's network for other programs",
+        "Write a run's best model as a SavedModel or as ONNX, and compare what it computes with the run's own model.",
+    )
+    _add_run(export)
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("savedmodel", "savedmodel-fused", "onnx"),
+        help="SavedModel of TensorFlow's own ops, SavedModel of the fused ops, or ONNX",
+    )
+    export.add_argument(
+        "--output", metavar="PATH", required=True, help="folder (SavedModel) or .onnx file to write; new"
+    )
+    export.add_argument(
+        "--precision",
+        choices=("float32", "float16", "bfloat16"),
+        help="what to compute in (default: the run's own for savedmodel-fused, else float32)",
+    )
+
+    _add_import(
+        command(
+            "import-checkpoint",
+            commands.import_checkpoint,
+            "make a run of UNet_Medical's weights",
+            "Make a run of a checkpoint of NVIDIA's UNet_Medical, TensorFlow 1 or 2, or of a Keras file of its network, "
+            "for evaluate, predict and export.",
+        )
+    )
+
     info = command(
         "info",
-        _info,
+        commands.info,
         "say what is installed, what runs here, and test it",
         "Say what was built, what this machine has and what runs on it, and test every op. Exit status 1 if one fails.",
     )
@@ -196,18 +280,44 @@ def _add_run(parser):
     parser.add_argument("--run", metavar="RUN", required=True, help="folder that `unet-fast train` wrote")
 
 
-def _add_train(parser):
-    parser.add_argument("--out", metavar="RUN", default=argparse.SUPPRESS, help="folder to write; new or empty")
+def _add_train(parser, one_fold=True):
+    """The options of `TrainConfig`; without `one_fold` those of all folds alike."""
+    out, what = ("RUN", "the run in RUN") if one_fold else ("OUT", "the folds in OUT that are not finished")
+    parser.add_argument("--out", metavar=out, default=argparse.SUPPRESS, help="folder to write; new or empty")
+    anew = [flag(field) for field in dataclasses.fields(TrainConfig) if field.metadata["resumable"]]
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in RUN and its options; only --data, --steps, --jit, --backend and --gpus may be given anew",
+        help=f"go on with {what} and its options; only {', '.join(anew[:-1])} and {anew[-1]} may be given anew",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
         help='JSON object of these options, such as {"steps": 300, "eval_every": 50}; the command line wins over it',
     )
+    if one_fold:
+        _add_workers(parser)
+    groups = {}
+    for field in dataclasses.fields(TrainConfig):
+        about = field.metadata
+        if field.name == "fold" and not one_fold:
+            continue
+        if about["group"] not in groups:
+            groups[about["group"]] = parser.add_argument_group(about["group"], _DESCRIPTIONS[about["group"]])
+        text = about["help"]
+        if field.default not in (None, dataclasses.MISSING) and about["kind"] is not bool:
+            text += f" (default: {field.default})"
+        # What is not given is absent, so that a config file's value is not overruled by a default.
+        arguments = {"default": argparse.SUPPRESS, "help": text}
+        if about["kind"] is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            kind = numbers if about["kind"] is tuple else about["kind"]
+            arguments |= {"type": kind, "metavar": about["metavar"], "choices": about["choices"]}
+        groups[about["group"]].add_argument(flag(field), **arguments)
+
+
+def _add_workers(parser):
     workers = parser.add_argument_group("several machines", "The same command on each; the first host writes RUN.")
     workers.add_argument(
         "--hosts",
@@ -229,148 +339,65 @@ def _add_train(parser):
         default=argparse.SUPPRESS,
         help="how long to wait for the other hosts at the start (default: 60)",
     )
-    groups = {}
-    for field in dataclasses.fields(TrainConfig):
-        about = field.metadata
-        if about["group"] not in groups:
-            groups[about["group"]] = parser.add_argument_group(about["group"], _DESCRIPTIONS[about["group"]])
-        text = about["help"]
-        if field.default not in (None, dataclasses.MISSING) and about["kind"] is not bool:
-            text += f" (default: {field.default})"
-        # What is not given is absent, so that a config file's value is not overruled by a default.
-        arguments = {"default": argparse.SUPPRESS, "help": text}
-        if about["kind"] is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
-        else:
-            arguments |= {"type": about["kind"], "metavar": about["metavar"], "choices": about["choices"]}
-        groups[about["group"]].add_argument(flag(field), **arguments)
 
 
-def _train(options):
-    from unet_fast import checkpoints, distribution, training
-
-    given = read_options(options.config, extra=("out",)) if options.config else {}
-    given |= {key: value for key, value in vars(options).items() if key not in ("command", "config", "resume")}
-    out = given.pop("out", None)
-    if not isinstance(out, str):
-        raise UserError("train: expected --out RUN, the folder to write; give it")
-    hosts, index = given.pop("hosts", None), given.pop("host_index", None)
-    join_seconds = given.pop("join_timeout", distribution.JOIN_SECONDS)
-    cluster = distribution.Cluster.of(hosts and hosts.split(","), index, join_seconds=join_seconds)
-    if options.resume:
-        config = checkpoints.load_config(out)[0].resumed(given)
-    elif "data" not in given:
-        raise UserError("train: expected --data, a data folder or the word synthetic; give it")
-    else:
-        config = TrainConfig(**given)
-    scores = training.train(config, out, resume=options.resume, cluster=cluster)
-    if scores is None:  # the first host has them
-        return
-    _print_scores(scores, f"{out}/{checkpoints.MODEL}, of step {scores['step']}, on validation fold {scores['fold']}")
-
-
-def _evaluate(options):
-    from unet_fast import evaluation
-
-    scores = evaluation.evaluate_run(options.run, options.data, tolerance=options.tolerance)
-    if options.json:
-        _print_json(scores)
-    else:
-        what = options.data or f"validation fold {scores['fold']}"
-        _print_scores(scores, f"{options.run}, {what}, {scores['samples']} images", each=True)
-
-
-def _print_scores(scores, title, each=False):
-    """Prints a table of the classes and, with `each`, one of the images."""
-    import rich.console
-    import rich.table
-
-    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
-
-    def show(headings, rows, last=None):
-        table = rich.table.Table()
-        for i, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if i else "left", overflow="fold")  # a name is not cut
-        for row in rows:
-            table.add_row(*row)
-        if last:
-            table.add_section()
-            table.add_row(*last)
-        console.print(table)
-
-    def numbers(values):
-        return ["-" if value is None else f"{value:.4f}" for value in values]
-
-    def mean(values):
-        return sum(values) / len(values)
-
-    images = scores["images"]
-    units = {image["unit"] for image in images}
-    unit = f" ({units.pop()})" if len(units) == 1 else ""
-    measures = ("dice", "iou", "hd95", "nsd")
-    columns = list(zip(*(scores[f"{name}_per_class"] for name in measures), strict=True))
-    console.print(title)
-    show(
-        ("class", "Dice", "IoU", f"HD95{unit}", "NSD"),
-        [[str(k), *numbers(values)] for k, values in enumerate(columns)],
-        ["mean", *numbers(scores[name] for name in measures)],
+def _add_import(parser):
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="TensorFlow checkpoint (its folder, or PREFIX of PREFIX.index), .keras, .h5 or .weights.h5 file",
     )
-    objects = ("adapted_rand_error", "voi_split", "voi_merge")
-    error, split, merge = numbers(scores[name] for name in objects)
-    console.print(f"cross-entropy {scores['cross_entropy']:.4f}, soft Dice {scores['soft_dice']:.4f}")
-    console.print(f"adapted Rand error {error}, VOI split {split}, VOI merge {merge}")
-    if each:
-        show(
-            ("image", "Dice", "IoU", f"HD95{unit}", "NSD", "Rand error", "VOI split", "VOI merge"),
-            [
-                [
-                    image["name"],
-                    *numbers([mean(image[f"{name}_per_class"]) for name in measures]),
-                    *numbers([image[name] for name in objects]),
-                ]
-                for image in images
-            ],
-        )
-
-
-def _print_json(content):
-    import json
-
-    print(json.dumps(content, indent=1, allow_nan=False))
-
-
-def _predict(options):
-    import rich.console
-    import rich.progress
-
-    from unet_fast import checkpoints, inference
-
-    runs = checkpoints.load_runs(options.run)
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("predicting", total=None)
-        written = inference.predict_files(
-            runs,
-            options.input,
-            options.output,
-            tile=options.tile,
-            overlap=options.overlap,
-            tta=options.tta,
-            probabilities=options.probabilities,
-            on_start=lambda files: progress.update(task, total=files),
-            on_progress=lambda done: progress.update(task, completed=done),
-        )
-    print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} files to {options.output}")
-
-
-def _info(options):
-    from unet_fast import info
-
-    if options.batch < 1:
-        raise UserError(f"expected --batch of at least 1, got {options.batch}")
-    collected = info.collect(layers_batch=options.batch if options.layers else None)
-    if options.json:
-        _print_json(collected)
-    else:
-        info.show(collected)
-    return 0 if collected["self_test_passed"] else 1
+    parser.add_argument("--out", metavar="RUN", required=True, help="folder to write; new or empty")
+    network = parser.add_argument_group("network", "What shapes and names do not tell.")
+    network.add_argument(
+        "--padding",
+        choices=("valid", "same"),
+        help="of the 3x3 convolutions (default: valid, or what a Keras file says)",
+    )
+    network.add_argument(
+        "--size",
+        metavar="N",
+        type=int,
+        help="side of the network's input in pixels (default: 572, or what a Keras file says; for padding same the "
+        "largest that fits the images)",
+    )
+    network.add_argument(
+        "--precision",
+        choices=("float32", "mixed_float16", "mixed_bfloat16"),
+        default="float32",
+        help="dtype policy (default: %(default)s)",
+    )
+    images = parser.add_argument_group("images", "Those that it was trained on. The defaults are those of ISBI 2012.")
+    images.add_argument(
+        "--data", metavar="DIR", help="data folder, or the word synthetic; it tells all of the following"
+    )
+    images.add_argument(
+        "--split",
+        choices=("partition", "nvidia"),
+        default="nvidia",
+        help="with --data: the folds (default: %(default)s)",
+    )
+    images.add_argument(
+        "--fold", metavar="K", type=int, default=0, help="with --data: fold to validate on (default: %(default)s)"
+    )
+    images.add_argument(
+        "--image-size",
+        metavar=("HEIGHT", "WIDTH"),
+        nargs=2,
+        type=int,
+        default=(512, 512),
+        help="before they were resized (default: 512 512)",
+    )
+    images.add_argument("--image-dtype", choices=("uint8", "uint16", "float32"), default="uint8", help="default: uint8")
+    images.add_argument(
+        "--value-range",
+        metavar=("LOW", "HIGH"),
+        nargs=2,
+        type=float,
+        help="pixel values that became -1 and 1 (default: 0 and the type's greatest)",
+    )
+    images.add_argument(
+        "--mask-values",
+        metavar="VALUES",
+        help="what masks hold for each class, such as 0,128,255 (default: 0,255 of two classes, else 0,1,2 and so on)",
+    )

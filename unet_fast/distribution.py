@@ -184,16 +184,17 @@ class Distribution:
         if self._cluster is not None and isinstance(error, _LOST):
             raise self._lost() from error
 
-    def loop(self, model, optimizer, loss_fn, batches, start_step):
+    def loop(self, model, optimizer, loss_fn, batches, start_step, accumulate=1):
         """A `StepLoop` over all replicas, which start from the chief's model and optimizer.
 
         Args:
-            model, optimizer, loss_fn, start_step: as `StepLoop`; the model and optimizer become the first replica's.
+            model, optimizer, loss_fn, start_step, accumulate: as `StepLoop`; the model and optimizer become the first
+                replica's.
             batches: `unet_fast.data.TrainingBatches` of all replicas' batches together.
         """
         if self._strategy is None:
-            return StepLoop(model, optimizer, loss_fn, batches, start_step)
-        return _ReplicaLoop(self, self._strategy, model, optimizer, loss_fn, batches, start_step)
+            return StepLoop(model, optimizer, loss_fn, batches, start_step, accumulate)
+        return _ReplicaLoop(self, self._strategy, model, optimizer, loss_fn, batches, start_step, accumulate)
 
     def gather(self, number):
         """Every worker's number, a list of ints; all workers have to ask for it.
@@ -366,7 +367,7 @@ class _Replica:
     """A device's model and optimizer, and the two compiled programs of its step; `compile` makes them.
 
     Attributes:
-        gradients: of a step's raw batch, images, masks, rows [B] and draws [B, 7]: float32 [P + 1], the gradients of all
+        gradients: of a step's raw batch, images, masks, rows [B] and draws [B, D]: float32 [P + 1], the gradients of all
             variables and the loss.
         apply: of the sum of that over all replicas: the mean loss, once the variables are updated.
     """
@@ -398,11 +399,11 @@ class _Replica:
                 seed, count = np.asarray(variable)
                 variable.assign(np.array([seed + self.number, count], variable.dtype))
 
-    def compile(self, loss_fn, batches, replicas, block):
+    def compile(self, loss_fn, batches, accumulate, replicas, block):
         """Traces the programs outside of the strategy, under which Keras would see to the distribution itself."""
         jit = self.model.jit_compile
         variables = self.model.trainable_variables
-        compute = loss_and_gradients(self.model, self.optimizer, loss_fn, batches)
+        compute = loss_and_gradients(self.model, self.optimizer, loss_fn, batches, accumulate)
 
         @tf.function(jit_compile=jit, autograph=False)
         def gradients(images, masks, rows, draws):
@@ -431,7 +432,7 @@ class _ReplicaLoop(StepLoop):
         replicas: list of the `_Replica`s of this process.
     """
 
-    def __init__(self, distribution, strategy, model, optimizer, loss_fn, batches, start_step):
+    def __init__(self, distribution, strategy, model, optimizer, loss_fn, batches, start_step, accumulate):
         self._distribution = distribution
         numbers = strategy.experimental_distribute_values_from_function(lambda at: at.replica_id_in_sync_group)
         numbers = strategy.experimental_local_results(numbers)
@@ -446,7 +447,8 @@ class _ReplicaLoop(StepLoop):
         first = [next(stream) for stream in streams]
         for each, block in zip(self.replicas, first, strict=True):
             each.drop_out_differently()
-            each.compile(loss_fn, batches, count, block)
+            each.compile(loss_fn, batches, accumulate, count, block)
+        self._optimizers = [each.optimizer for each in self.replicas]
         self._run = _make_run(strategy, self.replicas)
         blocks = itertools.chain([first], zip(*streams, strict=True))
         self._blocks = (tuple(itertools.chain(*block)) for block in blocks)

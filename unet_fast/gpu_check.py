@@ -8,6 +8,7 @@ has of the others stays where it is of the same sources.
 
 import argparse
 import ast
+import concurrent.futures
 import json
 import os
 import re
@@ -142,8 +143,8 @@ def sanitize(sanitizer, command, tools=SANITIZER_TOOLS):
     """
     if sanitizer is None:
         return {tool: {"outcome": "not available", "errors": None, "seconds": 0.0} for tool in tools}
-    results = {}
-    for tool in tools:
+
+    def run(tool):
         start = time.monotonic()
         # Of our kernels alone, not cuDNN's: their names have the namespace in them.
         options = ["--tool", tool, "--kernel-name", "kernel_substring=unet_fast", *_SANITIZER_OPTIONS.get(tool, ())]
@@ -152,11 +153,14 @@ def sanitize(sanitizer, command, tools=SANITIZER_TOOLS):
         passed = status == 0 and errors == 0 and _PASS_ENDED.search(output)
         outcome = "passed" if passed else "failed"
         seconds = round(time.monotonic() - start, 1)
-        results[tool] = {"outcome": outcome, "errors": errors, "seconds": seconds}
         print(f"{tool}: {outcome}, {errors} errors, {seconds} s", flush=True)
         if outcome == "failed":
             print(output[-8000:], file=sys.stderr)
-    return results
+        return {"outcome": outcome, "errors": errors, "seconds": seconds}
+
+    # At once: a tool keeps one core busy, and the GPU hardly at all.
+    with concurrent.futures.ThreadPoolExecutor(max(len(tools), 1)) as pool:
+        return dict(zip(tools, pool.map(run, tools), strict=True))
 
 
 def previous_sanitizer(path, fingerprint):

@@ -140,17 +140,18 @@ def predict_files(
         predict_files(run, "new.tif", "labels.tif", tta=True)
     """
     runs = runs if isinstance(runs, (list, tuple)) else [runs]
-    models = [_tiled(run.model, tile) for run in runs]
+    models = [_tiled(run.model, tile).for_prediction() for run in runs]
     check_alike(models, [str(run.path) for run in runs])
     _check_same_data(runs)
     facts = runs[0].facts
     jobs = _plan(Path(source), Path(target), probabilities)
+    for file, _ in jobs:  # one that does not suit is told before hours of work, not after
+        facts.check(open_stack(file), file)
     if on_start:
         on_start(len(jobs))
     values = np.array(facts.mask_values, np.uint8 if max(facts.mask_values) < 256 else np.uint16)
     for number, (file, output) in enumerate(jobs):
         stack = open_stack(file)
-        facts.check(stack, file)
         pages, height, width, _ = stack.shape
         shape = (pages, height, width, *([len(values)] if probabilities else []))
         with stack_writer(output, shape, np.float32 if probabilities else values.dtype, like=stack) as writer:

@@ -9,7 +9,7 @@ import rich.console
 import rich.table
 import tensorflow as tf
 
-from unet_fast import __version__, _library, choices, ops, reference
+from unet_fast import __version__, _library, choices, ops, reference, tuning
 from unet_fast._fingerprint import source_fingerprint
 from unet_fast.errors import UserError
 from unet_fast.layers import GPU_DTYPES, use_fused
@@ -29,6 +29,7 @@ def collect(layers_batch=None):
         dict: `versions` of unet_fast, tensorflow, keras, numpy and python; `library`: available, reason (why not), cuda;
         `build`: what `unet_fast._native` says of itself, or None; `source`: `fingerprint` of the native sources beside
         the package, or None where it is installed without them, and `matches_build`; `gpus` that TensorFlow sees;
+        `tuning`: `path` of this GPU's file of measured choices and how many `products` it has, or None without a GPU;
         `engines`: what backend "auto" takes for each dtype here, and why; `self_test`: see there; `self_test_passed`;
         `layers`, if asked for: `compute_capability` of the first GPU, or of the first architecture built for, `present`,
         whether it is a GPU's, `batch`, `dtype`, `reason` why there are none or None, and `rows`, what
@@ -36,7 +37,7 @@ def collect(layers_batch=None):
 
     >>> from unet_fast import info
     >>> sorted(info.collect())
-    ['build', 'engines', 'gpus', 'library', 'self_test', 'self_test_passed', 'source', 'versions']
+    ['build', 'engines', 'gpus', 'library', 'self_test', 'self_test_passed', 'source', 'tuning', 'versions']
     """
     library, build = _library.status(), _build()
     fingerprint = source_fingerprint(Path(__file__).parent.parent)
@@ -56,6 +57,7 @@ def collect(layers_batch=None):
             "matches_build": None if fingerprint is None or build is None else fingerprint == build["fingerprint"],
         },
         "gpus": [_gpu(device) for device in tf.config.list_physical_devices("GPU")],
+        "tuning": _tuning(),
         "engines": {dtype: _engine(dtype) for dtype in _DTYPES},
         "self_test": tests,
         "self_test_passed": all(test["passed"] for test in tests),
@@ -95,6 +97,11 @@ def _build():
         "gpu_devices_missing": gpus_missing or None,
         "fingerprint": _native.fingerprint,
     }
+
+
+def _tuning():
+    file = tuning.path() if _library.status().cuda else None
+    return None if file is None else {"path": str(file), "products": len(tuning.read(file))}
 
 
 def _gpu(device):
@@ -227,6 +234,9 @@ def show(collected):
         lines += _build_lines(build, source)
     gpus = [f"{gpu['name']}, compute capability {gpu['compute_capability']}" for gpu in collected["gpus"]]
     lines.append(("TensorFlow sees", "; ".join(gpus) or "no GPU"))
+    if measured := collected["tuning"]:
+        choices_of = f"{measured['products']} products chosen by {measured['path']}"
+        lines.append(("tuning", choices_of if measured["products"] else "not measured; `unet-fast tune` does it"))
     for dtype, engine in collected["engines"].items():
         lines.append((f"auto, {dtype}", f"{engine['engine'] or 'error'}: {engine['why']}"))
     for name, text in lines:

@@ -70,6 +70,19 @@ def check_backend(backend):
         raise UserError(f"expected backend 'auto', 'fused' or 'stock', got {backend!r}; give one of those")
 
 
+def fused_faster_on_cpu(filters):
+    """Whether on a CPU, without XLA, a network whose narrowest layers have so many filters gains by the fused ops.
+
+    Measured (docs/performance.md): under XLA the fused ops are the faster ones whatever the width; in a graph oneDNN's
+    convolutions are, until a network is this wide, and unless its channels fill whole vectors.
+
+    >>> from unet_fast.layers import fused_faster_on_cpu
+    >>> fused_faster_on_cpu(64), fused_faster_on_cpu(32)
+    (True, False)
+    """
+    return filters >= 64 and filters % 16 == 0
+
+
 def unwrapped(error):
     """The error, marked so that Keras, if it is raised while a layer is called, keeps its one line as it is.
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from unet_fast.data.files import atomic_path
 
-_TRAIN, _VALIDATION = "#6c757d", "#0b6e99"
-_CLASSES = (
+TRAINING_COLOUR, VALIDATION_COLOUR = "#6c757d", "#0b6e99"
+CLASS_COLOURS = (
     "#d1495b",
     "#2a9d8f",
     "#edae49",
@@ -44,15 +44,20 @@ def curves(history, path):
     def line(axes, key, **style):
         axes.plot(steps, [np.nan if row[key] is None else row[key] for row in history], **marker, **style)
 
-    line(loss, "loss", color=_TRAIN, label="training")
-    line(loss, "val_loss", color=_VALIDATION, label="validation")
+    line(loss, "loss", color=TRAINING_COLOUR, label="training")
+    line(loss, "val_loss", color=VALIDATION_COLOUR, label="validation")
     loss.set(title="Cross-entropy + soft Dice loss", xlabel="step")
-    line(dice, "val_dice", color=_VALIDATION, linewidth=2, label="mean of classes")
-    line(dice, "val_soft_dice", color=_VALIDATION, linestyle=":", label="soft, mean of classes")
+    line(dice, "val_dice", color=VALIDATION_COLOUR, linewidth=2, label="mean of classes")
+    line(dice, "val_soft_dice", color=VALIDATION_COLOUR, linestyle=":", label="soft, mean of classes")
     for k, key in enumerate(classes):
-        line(dice, key, color=_CLASSES[k % len(_CLASSES)], linewidth=1, label=f"class {k}")
+        line(dice, key, color=CLASS_COLOURS[k % len(CLASS_COLOURS)], linewidth=1, label=f"class {k}")
     dice.plot(
-        best["step"], best["val_dice"], "*", color=_VALIDATION, markersize=13, label=f"best: {best['val_dice']:.4f}"
+        best["step"],
+        best["val_dice"],
+        "*",
+        color=VALIDATION_COLOUR,
+        markersize=13,
+        label=f"best: {best['val_dice']:.4f}",
     )
     dice.set(title="Dice on the validation fold", xlabel="step", ylim=(None, 1))
     for axes in (loss, dice):
@@ -67,7 +72,7 @@ def overlays(samples, path):
 
     Args:
         samples: list of (name, image, truth, prediction): float32 [Hi, Wi, C] in [-1, 1], the network's input, and class
-            indices [H, W] of its middle.
+            indices [H, W] of its middle. What is masked in truth, a numpy.ma.MaskedArray, is left out.
         path: PNG file to write; one that is there is replaced.
 
     >>> import tempfile
@@ -75,16 +80,18 @@ def overlays(samples, path):
     >>> truth = np.eye(8, dtype=int)
     >>> overlays([("cell", truth[..., None] - 0.5, truth, truth[::-1])], tempfile.mkdtemp() + "/overlays.png")
     """
-    present = sorted(set().union(*(np.unique(mask).tolist() for _, _, *masks in samples for mask in masks)))
+    present = sorted(
+        set().union(*(np.unique(np.ma.compressed(mask)).tolist() for _, _, *masks in samples for mask in masks))
+    )
     # A class has the colour of its number, whatever others are there.
-    colours = matplotlib.colors.ListedColormap([_CLASSES[k % len(_CLASSES)] for k in range(present[-1] + 1)])
+    colours = matplotlib.colors.ListedColormap([CLASS_COLOURS[k % len(CLASS_COLOURS)] for k in range(present[-1] + 1)])
     style = {"cmap": colours, "vmin": -0.5, "vmax": present[-1] + 0.5, "interpolation": "nearest"}
     figure = matplotlib.figure.Figure(figsize=(11, 2.75 * len(samples) + 0.6), dpi=120, layout="constrained")
     grid = figure.subplots(len(samples), 4, squeeze=False)
     for row, (name, image, truth, prediction) in zip(grid, samples, strict=True):
         shown = (np.clip(_middle(image, truth.shape), -1, 1) + 1) / 2
         shown = np.repeat(shown[..., :1], 3, -1) if shown.shape[-1] != 3 else shown
-        wrong = truth != prediction
+        wrong = np.ma.filled(truth != prediction, False)
         for axes in row:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)

@@ -19,9 +19,12 @@ class StepLoop:
     Args:
         model: FusedUNet; its `jit_compile` says whether XLA compiles the step.
         optimizer: keras.optimizers.Optimizer, built for the model's trainable variables.
-        loss_fn: called with (labels uint8 [B, H, W], outputs [B, H, W, K]), returns the mean loss, a float32 scalar.
+        loss_fn: called with (labels uint8 [B, H, W], outputs [B, H, W, K]), and float32 weights [B] where the batches have
+            them; returns the mean loss, a float32 scalar.
         batches: `unet_fast.data.TrainingBatches` of the model's sizes.
         start_step: number of the first step, at least 0.
+        accumulate: in how many equal parts a batch is taken, one after the other; the optimizer gets the parts' mean
+            gradient, once. Has to divide the size of the batches.
 
     Raises:
         UserError: a negative step.
@@ -40,9 +43,10 @@ class StepLoop:
     True
     """
 
-    def __init__(self, model, optimizer, loss_fn, batches, start_step):
+    def __init__(self, model, optimizer, loss_fn, batches, start_step, accumulate=1):
         device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
-        self._run = _make_run(model, optimizer, loss_fn, batches)
+        self._optimizers = [optimizer]
+        self._run = _make_run(model, optimizer, loss_fn, batches, accumulate)
         self._blocks = batches.blocks(start_step, device)
         self._block, self._position, self._length = None, 0, 0  # the block at hand, its steps done and in all
         self._chunk = 1  # steps; the first traces and compiles
@@ -68,14 +72,19 @@ class StepLoop:
         self._position += count
         return losses
 
+    def set_rate_factor(self, factor):
+        """Multiplies the learning rate by a factor from now on; the optimizer is an `AdamL2` with a `Schedule`."""
+        for optimizer in self._optimizers:
+            getattr(optimizer, "inner_optimizer", optimizer).schedule.factor.assign(factor)
 
-def _make_run(model, optimizer, loss_fn, batches):
+
+def _make_run(model, optimizer, loss_fn, batches, accumulate):
     """A tf.function of a block of `TrainingBatches.blocks`, its first step to run and how many: losses float32 [count]."""
-    gradients = loss_and_gradients(model, optimizer, loss_fn, batches)
+    gradients = loss_and_gradients(model, optimizer, loss_fn, batches, accumulate)
 
     @tf.function(jit_compile=model.jit_compile, autograph=False)
-    def train_step(images, masks, rows, draws):
-        loss, computed = gradients(images, masks, rows, draws)
+    def train_step(*batch):
+        loss, computed = gradients(*batch)
         optimizer.apply(computed, model.trainable_variables)
         return loss
 
@@ -91,14 +100,14 @@ def _make_run(model, optimizer, loss_fn, batches):
     return run
 
 
-def loss_and_gradients(model, optimizer, loss_fn, batches):
+def loss_and_gradients(model, optimizer, loss_fn, batches, accumulate=1):
     """What a step computes before the optimizer has its turn, for a tf.function to trace.
 
     Args:
-        model, optimizer, loss_fn, batches: as `StepLoop`.
+        model, optimizer, loss_fn, batches, accumulate: as `StepLoop`.
 
     Returns:
-        function of what `TrainingBatches.blocks` has for a step, (images, masks, rows [B], draws [B, 7]); it returns the
+        function of what `TrainingBatches.blocks` has for a step, (images, masks, rows [B], draws [B, D]); it returns the
         mean loss, a float32 scalar, and the gradients of the scaled loss, one a trainable variable.
 
     Example: see `StepLoop`.
@@ -110,11 +119,28 @@ def loss_and_gradients(model, optimizer, loss_fn, batches):
     def load(images, masks, rows, draws):
         return batches.prepare(tf.gather(images, rows), tf.gather(masks, rows), draws)
 
-    def gradients(images, masks, rows, draws):
-        images, labels = load(images, masks, rows, draws)
-        with tf.GradientTape() as tape:
-            loss = loss_fn(labels, model(images, training=True))
-            scaled = optimizer.scale_loss(loss)
-        return loss, tape.gradient(scaled, model.trainable_variables)
+    variables = model.trainable_variables
 
-    return gradients
+    def gradients(images, masks, rows, draws):
+        images, labels, *weights = load(images, masks, rows, draws)
+        with tf.GradientTape() as tape:
+            loss = loss_fn(labels, model(images, training=True), *weights)
+            scaled = optimizer.scale_loss(loss)
+        return loss, tape.gradient(scaled, variables)
+
+    def accumulated(images, masks, rows, draws):
+        # Keras' own accumulation counts parts as steps, for which schedules and moving averages would then go on.
+        rows, draws = (tf.reshape(part, (accumulate, -1, *part.shape[1:])) for part in (rows, draws))
+
+        def body(i, *sums):
+            loss, parts = gradients(images, masks, rows[i], draws[i])
+            return i + 1, *(total + part for total, part in zip(sums, (loss, *parts), strict=True))
+
+        start = (0, 0.0, *(tf.zeros(v.shape, v.dtype) for v in variables))
+        _, *sums = tf.while_loop(
+            lambda i, *_: i < accumulate, body, start, parallel_iterations=1, maximum_iterations=accumulate
+        )
+        loss, *parts = (total / accumulate for total in sums)
+        return loss, parts
+
+    return gradients if accumulate == 1 else accumulated

@@ -10,6 +10,7 @@
 
 #include "cast/gpu.h"
 #include "conv/gpu.h"
+#include "conv/measure.h"
 #ifdef UNET_FAST_CUDNN
 #include "conv/cudnn/config.h"
 #endif
@@ -49,6 +50,13 @@ gpu::Engine ToEngine(const std::string& name) {
   if (name == "sm90") return gpu::Engine::kSm90;
   if (name == "cudnn") return gpu::Engine::kCudnn;
   throw py::value_error("engine: expected auto, wmma, sm90 or cudnn, got " + name);
+}
+
+template <typename Problem>
+std::vector<gpu::MeasuredProduct> Measured(const Problem& problem) {
+  std::vector<gpu::MeasuredProduct> products;
+  Check(gpu::Measure(problem, &products));
+  return products;
 }
 
 LabelType ToLabelType(const std::string& name) {
@@ -145,6 +153,20 @@ void BindGpuKernels(py::module_& m) {
         "What each product would run on, on a device of that compute capability (90 for 9.0).");
   m.def("conv2d_transpose_choices", &gpu::Conv2DTransposeChoices, py::arg("problem"), py::arg("compute_capability"),
         "As conv2d_choices.");
+
+  py::class_<gpu::Timing>(m, "Timing", "An engine with one of its configurations, and how long a product takes on it.")
+      .def_property_readonly("engine", [](const gpu::Timing& t) { return gpu::EngineName(t.choice.engine); })
+      .def_property_readonly("config", [](const gpu::Timing& t) { return t.choice.config; })
+      .def_property_readonly("splits", [](const gpu::Timing& t) { return t.choice.splits; })
+      .def_readonly("microseconds", &gpu::Timing::microseconds);
+  py::class_<gpu::MeasuredProduct>(m, "MeasuredProduct", "A product's timings, the first of what the rules choose.")
+      .def_readonly("product", &gpu::MeasuredProduct::name)
+      .def_readonly("key", &gpu::MeasuredProduct::key)
+      .def_readonly("timings", &gpu::MeasuredProduct::timings);
+  m.def("measure_conv2d", &Measured<Conv2DProblem>, py::arg("problem"),
+        "Times each product on each engine and configuration that serves it, on the current device.");
+  m.def("measure_conv2d_transpose", &Measured<Conv2DTransposeProblem>, py::arg("problem"), "As measure_conv2d.");
+  m.def("tuning_path", &gpu::TuningPath, "The file of choices that this process reads; '' without a device.");
 
   m.def(
       "conv2d_bias_relu",

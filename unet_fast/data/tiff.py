@@ -172,6 +172,8 @@ def tiff_writer(path, shape, dtype, *, resolution=None, overwrite=False):
     stored, axes = ((shape[0], channels, *shape[1:3]), "ZCYX") if len(shape) == 4 else (tuple(shape), "ZYX")
     # ImageJ's dialect keeps slices and channels apart but has 32-bit offsets; beyond them, BigTIFF.
     large = math.prod(stored) * np.dtype(dtype).itemsize > _CLASSIC_LIMIT
+    if not large:  # one sample a pixel, said aloud: an image one pixel wide would be taken for its samples
+        stored, axes = (*stored, 1), axes + "S"
     if large and str(metadata.get("unit")).lower() in _MICROMETRE:  # which only ImageJ's dialect can say
         resolution["resolution"] = [(10_000 * above, below) for above, below in resolution["resolution"]]
         resolution["resolutionunit"] = _CENTIMETRE

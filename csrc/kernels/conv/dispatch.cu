@@ -1,15 +1,18 @@
 // Which engine runs a product. What was forced or measured comes first; else sm90 where the device is a Hopper GPU and
 // the build has its kernels, and cudnn on any other; what neither serves goes to wmma, which serves everything.
 #include <algorithm>
+#include <utility>
 
 #include "common/cuda.cuh"
 #include "conv/gemm.h"
 #include "conv/mask.h"
 #include "conv/reduce.h"
 #include "conv/tuning.h"
+#include "conv/wmma/config.h"
 #include "conv/wmma/engine.h"
 #include "pool/gpu.h"
 #ifdef UNET_FAST_CUDNN
+#include "conv/cudnn/config.h"
 #include "conv/cudnn/engine.h"
 #endif
 #ifdef UNET_FAST_SM90
@@ -37,14 +40,22 @@ int Config(const Choice& choice, Engine engine) {
 }
 
 #ifdef UNET_FAST_CUDNN
-// Left open, a Hopper GPU has kernels of its own; others have portable ones only.
-bool TriesCudnn(const Choice& choice, int capability) {
+// Left open, a Hopper GPU has kernels of its own, which are the slower ones in gradients of transposed convolutions of
+// these sizes (measured on an H100: up to 1.25 times the time); others have portable ones only.
+bool CudnnWins(const GemmArgs& g) { return g.stride == 2 && g.n <= 512; }
+bool CudnnWins(const WgradArgs& g) { return g.stride == 2 && g.n >= 512; }
+
+template <typename Args>
+bool TriesCudnn(const Choice& choice, const Args& args, int capability) {
 #ifdef UNET_FAST_SM90
-  if (choice.engine == Engine::kAuto && capability == 90) return false;
+  if (choice.engine == Engine::kAuto && capability == 90) return CudnnWins(args);
 #endif
   return choice.engine == Engine::kAuto || choice.engine == Engine::kCudnn;
 }
-bool TriesCudnn(const Choice& choice) { return TriesCudnn(choice, ComputeCapability()); }
+template <typename Args>
+bool TriesCudnn(const Choice& choice, const Args& args) {
+  return TriesCudnn(choice, args, ComputeCapability());
+}
 #endif
 
 #ifdef UNET_FAST_SM90
@@ -95,7 +106,7 @@ int SumOverPixels(void* stream, DType dtype, const WgradArgs& args) {
 int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, const Conv2DTuning& tuning, void* workspace) {
   const Choice choice = ChoiceFor(dtype, args, tuning);
 #ifdef UNET_FAST_CUDNN
-  if (TriesCudnn(choice)) {
+  if (TriesCudnn(choice, args)) {
     const int status = cudnn::Gemm(stream, dtype, args, Config(choice, Engine::kCudnn), workspace);
     if (status != cudaErrorNotSupported) return status;
   }
@@ -110,7 +121,7 @@ int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, const Conv2DTu
 size_t GemmWorkspaceBytes(DType dtype, const GemmArgs& args, const Conv2DTuning& tuning) {
 #ifdef UNET_FAST_CUDNN
   const Choice choice = ChoiceFor(dtype, args, tuning);
-  if (TriesCudnn(choice)) {
+  if (TriesCudnn(choice, args)) {
     return std::max<int64_t>(0, cudnn::GemmWorkspaceBytes(dtype, args, Config(choice, Engine::kCudnn)));
   }
 #endif
@@ -128,7 +139,7 @@ size_t WgradWorkspaceBytes(DType dtype, const WgradArgs& args, const Conv2DTunin
   }
 #endif
 #ifdef UNET_FAST_CUDNN
-  if (TriesCudnn(choice)) {
+  if (TriesCudnn(choice, args)) {
     const int64_t needed = cudnn::WgradWorkspaceBytes(dtype, args, Config(choice, Engine::kCudnn));
     bytes = std::max(bytes, static_cast<size_t>(std::max<int64_t>(0, needed)));
   }
@@ -149,7 +160,7 @@ size_t BiasSlabBytes(DType dtype, const WgradArgs& args, const Conv2DTuning& tun
 int Wgrad(void* stream, DType dtype, const WgradArgs& args, const Conv2DTuning& tuning) {
   const Choice choice = ChoiceFor(dtype, args, tuning);
 #ifdef UNET_FAST_CUDNN
-  if (TriesCudnn(choice)) {
+  if (TriesCudnn(choice, args)) {
     const int status = cudnn::Wgrad(stream, dtype, args, Config(choice, Engine::kCudnn), args.slabs);
     if (status == 0 && args.dbias != nullptr) return SumOverPixels(stream, dtype, args);
     if (status != cudaErrorNotSupported) return status;
@@ -163,6 +174,71 @@ int Wgrad(void* stream, DType dtype, const WgradArgs& args, const Conv2DTuning& 
 #endif
   if (args.dbias != nullptr) UNET_FAST_CUDA_RETURN_IF_ERROR(SumOverPixels(stream, dtype, args));
   return wmma::Wgrad(stream, dtype, args, Config(choice, Engine::kWmma), choice.splits);
+}
+
+namespace {
+
+// One engine's choices behind the other's; wmma's tiles where there are none.
+std::vector<Choice> Joined(std::vector<Choice> first, const std::vector<Choice>& second, int wmma_tiles) {
+  first.insert(first.end(), second.begin(), second.end());
+  for (int i = 0, tiles = first.empty() ? wmma_tiles : 0; i < tiles; ++i) first.push_back({Engine::kWmma, i, 0});
+  return first;
+}
+
+#ifdef UNET_FAST_CUDNN
+int64_t CudnnBytes(DType dtype, const GemmArgs& args, int plan) { return cudnn::GemmWorkspaceBytes(dtype, args, plan); }
+int64_t CudnnBytes(DType dtype, const WgradArgs& args, int plan) {
+  return cudnn::WgradWorkspaceBytes(dtype, args, plan);
+}
+#endif
+
+template <typename Args>
+std::vector<Choice> CandidatesOf(DType dtype, const Args& args, std::vector<Choice> own, int wmma_tiles) {
+  std::vector<Choice> plans;
+#ifdef UNET_FAST_CUDNN
+  for (int i = 0; i < cudnn::kPlans; ++i) {
+    if (CudnnBytes(dtype, args, i) >= 0) plans.push_back({Engine::kCudnn, i, 0});
+  }
+  if (CudnnWins(args)) std::swap(own, plans);
+#endif
+  return Joined(std::move(own), plans, wmma_tiles);
+}
+
+}  // namespace
+
+std::vector<Choice> Candidates(DType dtype, const GemmArgs& args) {
+  std::vector<Choice> own;
+#ifdef UNET_FAST_SM90
+  if (ComputeCapability() == 90) {
+    GemmArgs served = args;
+    if (sm90::ChooseGemm(args, -1) < 0) served.pooled = nullptr;  // as GemmOnSm90 does
+    const int by_rules = sm90::ChooseGemm(served, -1);
+    if (by_rules >= 0) own.push_back({Engine::kSm90, by_rules, 0});
+    for (int i = 0; i < sm90::kGemmConfigCount; ++i) {
+      if (i != by_rules && sm90::ChooseGemm(served, i) == i) own.push_back({Engine::kSm90, i, 0});
+    }
+  }
+#endif
+  return CandidatesOf(dtype, args, std::move(own), wmma::kGemmTileCount);
+}
+
+std::vector<Choice> Candidates(DType dtype, const WgradArgs& args) {
+  std::vector<Choice> own;
+#ifdef UNET_FAST_SM90
+  if (ComputeCapability() == 90) {
+    const sm90::WgradPlan by_rules = sm90::PlanWgrad(args, -1, 0);
+    if (by_rules.config >= 0) own.push_back({Engine::kSm90, by_rules.config, by_rules.splits});
+    for (int i = 0; by_rules.config >= 0 && i < sm90::kWgradConfigCount; ++i) {
+      const sm90::WgradPlan plan = sm90::PlanWgrad(args, i, 0);
+      if (plan.config != i) continue;
+      for (const int splits : {plan.splits, 2 * plan.splits, plan.splits / 2}) {
+        const bool is_first = i == by_rules.config && splits == by_rules.splits;
+        if (splits > 0 && !is_first) own.push_back({Engine::kSm90, i, splits});
+      }
+    }
+  }
+#endif
+  return CandidatesOf(dtype, args, std::move(own), wmma::kWgradTileCount);
 }
 
 namespace {
@@ -192,7 +268,7 @@ std::string WhyWmma(const Choice& choice, bool vector, int capability) {
 // On the engine that comes first, or "" where it is not the one.
 std::string OnCudnn(const Product& p, const Choice& choice, int capability) {
 #ifdef UNET_FAST_CUDNN
-  if (TriesCudnn(choice, capability)) {
+  if (p.is_wgrad ? TriesCudnn(choice, p.wgrad, capability) : TriesCudnn(choice, p.gemm, capability)) {
     const int config = Config(choice, Engine::kCudnn);
     // What cuDNN plans on another device than this one is not known here.
     const bool planned =

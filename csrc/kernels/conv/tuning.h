@@ -5,16 +5,12 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
+#include "conv/choice.h"
 #include "conv/gemm.h"
 
 namespace unet_fast::gpu {
-
-struct Choice {
-  Engine engine = Engine::kAuto;
-  int config = -1;  // as Conv2DTuning's gemm and wgrad
-  int splits = 0;
-};
 
 // A product in words, a line without tabs. It says nothing of which results of a gradient are wanted and masked: what
 // is chosen for a product is chosen for its workspace too, which is asked for before that is known.
@@ -25,9 +21,9 @@ std::string ProductKey(const Product& product);
 // As the environment variable UNET_FAST_ENGINE says; else as the current device's file has it; else left open.
 Choice ChosenFor(const std::string& key);
 
-// The current device's file, which need not exist: its name has the card, the driver, cuDNN's version and the sources'
-// fingerprint, so that what was measured with others is not taken. "" without a device.
-std::string TuningPath();
-const char* EngineName(Engine engine);
+// What the dispatch may be told to choose for a product on the current device: first what it chooses by itself, then
+// all else. An engine's configurations are those that serve the product.
+std::vector<Choice> Candidates(DType dtype, const GemmArgs& args);
+std::vector<Choice> Candidates(DType dtype, const WgradArgs& args);
 
 }  // namespace unet_fast::gpu

@@ -53,9 +53,11 @@ bool Serves(const GemmConfig& c, const GemmArgs& g) {
 }  // namespace
 
 int ChooseGemm(const GemmArgs& g, int forced) {
-  // How fast a multiprocessor full of such tiles is, as measured on an H200; in the order of kGemmConfigs.
-  constexpr double kGemmRate[kGemmConfigCount] = {0.83, 0.78, 0.88, 1.0, 1.0, 0.99, 0.97, 0.975, 0.55, 1.0,
-                                                  1.0,  1.0,  1.0,  1.0, 1.0, 1.0,  0.97, 0.97,  1.0};
+  // How fast a multiprocessor full of such tiles is, fitted to what `unet-fast tune` measured on an H100; in the order
+  // of kGemmConfigs.
+  constexpr double kGemmRate[kGemmConfigCount] = {0.83, 0.78, 0.935, 0.99,  0.97, 0.99, 0.972, 0.974,
+                                                  0.42, 1.0,  1.0,   1.0,   0.95, 0.89, 0.95,  0.9,
+                                                  0.92, 0.85, 1.0,   0.857, 0.97, 0.907};
   const int64_t pixels = static_cast<int64_t>(g.batch) * (g.out_h + 1) * (g.out_w + 4) * g.lists;
   if (!g.vector || g.out_h > 32768 || g.out_w > 32768 || pixels + 4096 >= int64_t{1} << 31) return -1;
   if (forced >= 0 && forced < kGemmConfigCount && Serves(kGemmConfigs[forced], g)) return forced;
@@ -65,15 +67,22 @@ int ChooseGemm(const GemmArgs& g, int forced) {
     const GemmConfig& c = kGemmConfigs[i];
     if (!Serves(c, g)) continue;
     if (c.stationary > 0) return i;  // measured: always the fastest
-    const int64_t pitch = g.out_w + c.share - 1, rows = g.batch * static_cast<int64_t>(g.out_h) * pitch;
-    const int64_t tiles = CeilDiv(rows, 2 * c.warp_m) * CeilDiv(g.n, c.n) * g.lists;
-    const int64_t steps = Chunks(g) * g.taps[0].count;  // of 64 channels and a tap, of the longest list
+    // As the launcher walks: see ImplicitGemm.
+    int64_t pitch = g.out_w + c.share - 1;
+    if (c.pairs) pitch += pitch % 2;
+    const int64_t positions = g.batch * pitch * (c.pairs ? (g.out_h + 1) / 2 : g.out_h);
+    const int64_t tiles = CeilDiv(positions, (c.pairs ? 1 : 2) * c.warp_m) * CeilDiv(g.n, c.n) * g.lists;
     // Cycles of a tile: products, and an epilogue that only a second block on the multiprocessor would hide. Clusters
     // that add up a tile start later and exchange sums, and not all multiprocessors find partners.
-    const double products = static_cast<double>(steps) * c.warp_m * c.n / 16 / kGemmRate[i] / c.splits;
-    const double beside = c.splits == 4 ? 24000 : c.splits == 2 ? 15500 : c.blocks == 1 ? 2500 : 800;
-    const int64_t at_once = c.splits == 4 ? 30 : c.splits == 2 ? 66 : kMultiprocessors * c.blocks;
-    const double cost = static_cast<double>(CeilDiv(tiles, at_once)) * (products + beside) * c.blocks;
+    const auto products = [&](int taps) {
+      return static_cast<double>(Chunks(g) * taps) * c.warp_m * c.n / 16 / kGemmRate[i] / c.splits;
+    };
+    const double beside = c.splits == 4 ? 19900 : c.splits == 2 ? 11000 : c.blocks == 1 ? 3100 : 1600;
+    const int64_t at_once = c.splits == 4 ? 30 : c.splits == 2 ? kMultiprocessors / 2 : kMultiprocessors;
+    double taps = 0;  // of a list, on average; the longest is the first
+    for (int l = 0; l < g.lists; ++l) taps += static_cast<double>(g.taps[l].count) / g.lists;
+    const double cost = std::max(static_cast<double>(CeilDiv(tiles, at_once)) * (products(1) * taps + beside),
+                                 products(g.taps[0].count) + beside);
     if (best < 0 || cost < best_cost) best = i, best_cost = cost;
   }
   return best;

@@ -21,7 +21,8 @@ constexpr GemmConfig kGemmConfigs[] = {
     {128, 64, 3, true, 1, 64},     {128, 128, 3, true, 1, 64},    {128, 64, 3, true, 1, 128},
     {128, 128, 3, false, 1, 0, 2}, {128, 128, 3, false, 1, 0, 4}, {128, 128, 3, true, 1, 0, 2},
     {128, 128, 3, true, 1, 0, 4},  {128, 128, 1, false, 1, 0, 2}, {128, 128, 1, false, 1, 0, 4},
-    {128, 64, 1, false, 1, 128}};
+    {128, 64, 1, false, 1, 128},   {64, 128, 3, true, 2},         {64, 128, 3, false, 1, 0, 2},
+    {64, 128, 1, false, 1, 0, 2}};
 constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(GemmConfig);
 
 // A tile of the weight gradient: three warpgroups of 64 * rounds rows each, and n columns; share as above.

@@ -79,8 +79,18 @@ int LaunchConfig(void* stream, const KernelArgs& g, int config) {
     case 15:
       if constexpr (!kTransposed) return LaunchShape<T, Shape<128, 128, 3, true, false, 3, 6, 1, true>>(stream, g);
       return cudaErrorNotSupported;
-    default:
+    case 16:
+    case 17:
       return LaunchShape<T, Shape<128, 128, 1, false, kTransposed, 4, 4, 1, true>>(stream, g);
+    case 19:
+      if constexpr (!kTransposed) return LaunchShape<T, Shape<64, 128, 3, true, false, 2, 3, 2>>(stream, g);
+      return cudaErrorNotSupported;
+    case 20:
+      return LaunchShape<T, Shape<64, 128, 3, false, kTransposed, 4, 8, 1, true>>(stream, g);
+    case 21:
+      return LaunchShape<T, Shape<64, 128, 1, false, kTransposed, 6, 6, 1, true>>(stream, g);
+    default:  // those with weights in registers are launched elsewhere
+      return cudaErrorNotSupported;
   }
 }
 

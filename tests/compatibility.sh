@@ -1,0 +1,49 @@
+#!/bin/bash
+# One row of docs/compatibility.md: bash tests/compatibility.sh PYTHON [TENSORFLOW] [--no-build]
+#
+# Makes an environment of its own in a temporary folder with that Python and TensorFlow (default: 2.21), builds and installs
+# unet_fast for the CPU into it, which takes minutes of all cores, and runs from outside the source folder what a user
+# would: `info`, a training and export, and the tests of the model, fuse and export. With --no-build it runs on
+# the sources as they are, without the compiled ops; with another TensorFlow than 2.21 it does that, too, beside the libraries
+# that lie in the source folder, and expects them to be refused with the mend.
+set -eu
+python=$1; tensorflow=${2:-2.21}; build=${3:-}
+source=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$python" -m venv "$work/venv"
+bin=$work/venv/bin
+"$bin/pip" install --quiet --upgrade pip
+"$bin/pip" install --quiet "tensorflow==$tensorflow.*"
+export TF_CPP_MIN_LOG_LEVEL=3 UNET_FAST_CUDA=0
+if [ "$tensorflow" != 2.21 ]; then
+    echo "refusal: $(PYTHONPATH=$source "$bin/python" -c 'from unet_fast import _library; print(_library.status().reason)' 2>/dev/null)"
+    echo "stock: $(PYTHONPATH=$source "$bin/python" -c 'import numpy; from unet_fast import FusedUNet; print(FusedUNet((32, 32, 1), filters=2, depth=1, padding="same")(numpy.zeros((1, 32, 32, 1))).shape)' 2>/dev/null)"
+    exit
+fi
+"$bin/pip" install --quiet "setuptools>=77" numpy "pybind11>=2.13" "cmake>=3.24" ninja
+if [ "$build" = --no-build ]; then
+    cp -r "$source/unet_fast" "$source/tests" "$work"
+    rm -f "$work"/unet_fast/*.so
+    (cd "$source" && "$bin/python" -c 'try: import tomllib
+except ImportError: from pip._vendor import tomli as tomllib
+p = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = p["optional-dependencies"]
+print(*p["dependencies"], *extras["export"], *(d for d in extras["dev"] if "unet_fast" not in d), sep="\n")') > "$work/needs"
+    "$bin/pip" install --quiet -r "$work/needs"
+else
+    "$bin/pip" install --quiet --no-build-isolation "$source[dev]"
+    cp -r "$source/tests" "$work"
+fi
+cd "$work"
+run="$bin/python -m unet_fast"
+$run info || [ "$build" = --no-build ]
+$run train --data synthetic --out run --filters 2 --depth 1 --padding same --size 64 --steps 4 --batch 1
+$run export --run run --format onnx --output model.onnx
+fused_only=tests/test_export.py::test_savedmodel_of_fused_ops_needs_the_library_and_nothing_else
+if [ "$build" = --no-build ]; then
+    "$bin/python" -m pytest -q -p no:cacheprovider tests/test_fuse.py tests/test_export.py --deselect "$fused_only"
+else
+    "$bin/python" -m pytest -q -p no:cacheprovider tests/test_model.py tests/test_fuse.py tests/test_export.py
+fi
+"$bin/python" -c 'import sys, keras, tensorflow; print("passed: Python", sys.version.split()[0], "TensorFlow", tensorflow.__version__, "Keras", keras.__version__)'

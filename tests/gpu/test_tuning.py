@@ -1,0 +1,73 @@
+"""Choices measured on this GPU: every one of them computes the same, and a process that starts later takes them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+if not tf.config.list_physical_devices("GPU"):
+    pytest.skip("needs a GPU that TensorFlow sees", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+# A network of two levels, to be measured in seconds.
+SIZES = ["--size", "64", "--filters", "64", "--depth", "2", "--padding", "same"]
+
+STEP = """
+import sys, keras, numpy as np, tensorflow as tf
+from unet_fast import FusedUNet, losses
+keras.utils.set_random_seed(0)
+model = FusedUNet((64, 64, 1), filters=64, depth=2, padding="same", dropout=0.0, backend="fused", dtype="mixed_float16")
+x = np.random.default_rng(0).standard_normal((2, 64, 64, 1)).astype(np.float32)
+y = np.random.default_rng(1).integers(0, 2, (2, 64, 64)).astype(np.uint8)
+loss = losses.DiceCrossEntropy()
+@tf.function(jit_compile=True)
+def gradients(x, y):
+    with tf.GradientTape() as tape:
+        value = loss(y, model(x, training=True))
+    return tape.gradient(value, model.trainable_variables)
+first, second = ([g.numpy() for g in gradients(x, y)] for _ in range(2))
+assert all((a == b).all() for a, b in zip(first, second))
+np.savez(sys.argv[1], *first)
+"""
+
+
+def run(command, cache, **variables):
+    environment = {**os.environ, "UNET_FAST_CACHE": str(cache), **variables}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_tune_writes_choices_that_later_processes_take(tmp_path):
+    import numpy as np
+
+    cache = tmp_path / "cache"
+    run(["-c", STEP, tmp_path / "rules.npz"], cache)
+    out = run(["-m", "unet_fast", "tune", *SIZES, "--batch", "2"], cache)
+    assert "as chosen" in out
+    (file,) = cache.glob("*.tsv")
+    products = file.read_text().splitlines()[1:]
+    assert products and all(len(line.split("\t")) == 4 for line in products)
+    # Whatever was the fastest: one engine for all of them, so that what is computed is surely not what the rules give.
+    for engine in ("cudnn", "wmma"):
+        lines = ["\t".join((line.split("\t")[0], engine, "0", "0")) for line in products]
+        file.write_text("\n".join(["unet_fast tuning 1", *lines]) + "\n")
+        run(["-c", STEP, tmp_path / f"{engine}.npz"], cache)
+        rules, chosen = np.load(tmp_path / "rules.npz"), np.load(tmp_path / f"{engine}.npz")
+        assert any((rules[name] != chosen[name]).any() for name in rules.files)
+        for name in rules.files:
+            np.testing.assert_allclose(chosen[name], rules[name], atol=0.02 * np.abs(rules[name]).max())
+
+
+def test_a_file_that_is_damaged_or_of_another_build_is_not_taken(tmp_path):
+    cache = tmp_path / "cache"
+    run(["-m", "unet_fast", "tune", *SIZES, "--batch", "1"], cache)
+    (file,) = cache.glob("*.tsv")
+    file.write_bytes(b"unet_fast tuning 1\n\xff\tsm90\n")
+    out = run(["-m", "unet_fast", "info"], cache)
+    assert "not measured" in out
