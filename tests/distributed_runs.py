@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import tensorflow as tf
 from unet_fast.cli import main as command_line
 from unet_fast.config import TrainConfig
 from unet_fast.data import Dataset, TrainingBatches, generate, write_tiff
-from unet_fast.distribution import Distribution
+from unet_fast.distribution import Cluster, Distribution
 from unet_fast.errors import UserError
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
@@ -91,9 +92,6 @@ def replicas(folder):
     scales = [float(replica.optimizer.dynamic_scale) for replica in loop.replicas]
     skipped = [weights(replica) for replica in loop.replicas]
     loop.advance(1)
-    resumed = make_loop(factor, loop.replicas[0], start_step=2)
-    for each in (loop, resumed):
-        each.advance(1)
     np.savez(
         folder / "replicas.npz",
         before=before,
@@ -101,12 +99,11 @@ def replicas(folder):
         skipped=skipped,
         weights=[weights(replica) for replica in loop.replicas],
         dropout=[replica.model.non_trainable_variables[0].numpy() for replica in loop.replicas],
-        resumed=weights(resumed.replicas[1]),
     )
 
 
-def make_loop(factor, of=None, start_step=0):
-    """A loop over two replicas, from a replica's state on; `factor` holds what the second one's loss is multiplied by."""
+def make_loop(factor):
+    """A loop over two replicas; `factor` holds what the second one's loss is multiplied by."""
     keras.utils.set_random_seed(0)
     model = FusedUNet(
         (32, 32, 1), filters=2, depth=1, padding="same", dropout=0.5, backend="stock", dtype="mixed_float16"
@@ -114,9 +111,6 @@ def make_loop(factor, of=None, start_step=0):
     model.jit_compile = False
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1e-2), initial_scale=1024.0)
     optimizer.build(model.trainable_variables)
-    if of is not None:
-        for variable, value in zip([*model.variables, *optimizer.variables], of.variables, strict=True):
-            variable.assign(np.asarray(value))
     batches = TrainingBatches(
         Dataset.from_arrays(*generate(5, size=(40, 40))), range(4), input_size=32, output_size=32, batch_size=4, seed=1
     )
@@ -128,7 +122,7 @@ def make_loop(factor, of=None, start_step=0):
             return own(labels, outputs)
         return own(labels, outputs) * tf.ensure_shape(tf.numpy_function(lambda: np.float32(factor[0]), [], "float32"), [])
 
-    return Distribution(devices=TWO).loop(model, optimizer, loss, batches, start_step)
+    return Distribution(devices=TWO).loop(model, optimizer, loss, batches, 0)
 
 
 def weights(replica):
@@ -181,46 +175,55 @@ def free_hosts():
 
 
 def workers(folder):
-    """Trains by two workers: the second is interrupted, killed, and then goes on to the end; returns what came of it."""
+    """Trains by two workers: the second is killed, and then goes on to the end; returns what came of it."""
     given = OPTIONS | {"batch": 1, "data": folder / "data", "sample_weights": folder / "weights.csv"}
     given["class_weights"] = ",".join(map(str, given["class_weights"]))
     options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    hosts = ["--hosts", ",".join(free_hosts()), "--host-index"]
     out, elsewhere = folder / "workers", folder / "elsewhere"
-
-    def pair(name, *arguments, second=out, **signals):
-        hosts = ["--hosts", ",".join(free_hosts()), "--host-index"]
-        chief = fork(folder, f"{name}-0", worker, out, *arguments, *hosts, "0")
-        return chief, fork(folder, f"{name}-1", worker, second, *arguments, *hosts, "1", **signals)
-
-    def finish(chief, other):
-        ended = wait(other), wait(chief)
-        return {"status": [ended[1][0], ended[0][0]], "seconds": ended[1][1] - ended[0][1]}
-
-    results = {"interrupted": finish(*pair("interrupted", *options, second=elsewhere, at=2, signum=signal.SIGINT))}
-    results["killed"] = finish(*pair("killed", "--resume", at=2, signum=signal.SIGKILL))
-    cluster = {"worker": free_hosts()}
-    ended = [
-        fork(
-            folder,
-            f"ended-{i}",
-            worker,
-            out,
-            "--resume",
-            environment={"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}})},
-        )
-        for i in range(2)
+    killed = [
+        fork(folder, "killed-0", worker, out, *options, *hosts, "0"),
+        fork(folder, "killed-1", worker, elsewhere, *options, *hosts, "1", at=4, signum=signal.SIGKILL),
     ]
-    results["ended"] = finish(*ended)
-    alone = fork(
-        folder,
-        "alone-1",
-        worker,
-        folder / "alone",
-        *options,
-        *("--hosts", ",".join(free_hosts()), "--host-index", "1", "--join-timeout", "2"),
-    )
-    results["alone"] = {"status": [None, wait(alone)[0]]}
+    results = {"killed": ends(killed)}
+    cluster = {"worker": free_hosts()}
+    tasks = [{"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}})} for i in range(2)]
+    resumed = [fork(folder, f"resumed-{i}", worker, out, "--resume", environment=tasks[i]) for i in range(2)]
+    results["resumed"] = ends(resumed)
+    hosts = tuple(free_hosts())
+    asking = [fork(folder, f"asking-{i}", ask, Cluster(hosts, i), folder / f"asked-{i}.json") for i in range(2)]
+    results["asking"] = ends(asking)
     return results
+
+
+def ask(cluster, file):
+    """What a worker is told by the other one, and whether it handles signals while it waits for that."""
+    handled = []
+    signal.signal(signal.SIGUSR1, lambda *_: handled.append(time.monotonic()))
+    with Distribution(cluster=cluster) as distribution:
+        index = cluster.index
+        gathered = distribution.gather(10 + index)
+        if index == 0:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        else:
+            time.sleep(2)
+        asked = [distribution.any(flag) for flag in (False, index == 1, index == 0)]
+        answered = time.monotonic()
+        chief = distribution.from_chief([np.full(2, index + 0.5, np.float32), np.array([index + 7, 1], np.uint32)])
+        try:
+            distribution.check_same({"lr": 0.1 * (1 + index)}, "options")
+        except UserError as error:
+            refused = str(error)
+        told = {
+            "gathered": gathered,
+            "any": asked,
+            "chief": [array.tolist() for array in chief],
+            "dtypes": [array.dtype.name for array in chief],
+            "refused": refused,
+            "signal": index == 1 or bool(handled) and handled[0] < answered - 0.5,
+        }
+    file.write_text(json.dumps(told))
+    return 0
 
 
 def fork(folder, name, function, *arguments, **options):
@@ -233,9 +236,17 @@ def fork(folder, name, function, *arguments, **options):
     sys.exit(function(*arguments, **options))
 
 
-def wait(number, most=240):
+def ends(numbers):
+    """How the chief and the other worker end, and how long after the other the chief does."""
+    chief, other = numbers
+    other, since = wait(other)
+    chief, then = wait(chief)
+    return {"status": [chief, other], "seconds": then - since}
+
+
+def wait(number):
     """(status, time) of a process's end; it is killed if that takes too long."""
-    deadline = time.monotonic() + most
+    deadline = time.monotonic() + 240
     while True:
         ended, status, usage = os.wait4(number, os.WNOHANG)
         if ended:
@@ -250,7 +261,7 @@ def main(folder):
     write_data(folder)
     alongside = fork(folder, "local", local, folder)
     results = workers(folder)
-    results["local"] = {"status": [wait(alongside)[0], None]}
+    results["local"] = wait(alongside)[0]
     (folder / "results.json").write_text(json.dumps(results))
 
 

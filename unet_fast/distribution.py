@@ -29,7 +29,7 @@ from unet_fast.errors import UserError
 from unet_fast.step_loop import StepLoop, loss_and_gradients
 
 JOIN_SECONDS = 60  # that a worker waits for the others by default
-_HEARTBEAT_SECONDS = 10  # without a sign of a worker, after which it counts as lost
+_HEARTBEAT_SECONDS = 20  # without a sign of a worker, after which it counts as lost
 _LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError)
 
 
