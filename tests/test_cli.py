@@ -257,7 +257,7 @@ def test_interrupt(data, tmp_path, capsys, monkeypatch):
     assert "resumed at step 1 of 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command_name", ["", "train", "evaluate", "predict", "info"])
+@pytest.mark.parametrize("command_name", ["", "train", "crossval", "evaluate", "predict", "report", "info"])
 def test_help_needs_no_tensorflow(tmp_path, command_name):
     for name in ("tensorflow", "keras", "numpy"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")

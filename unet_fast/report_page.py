@@ -129,7 +129,7 @@ def _crossval_content(path, data, images):
         )
     result = checkpoints.read_json(path / checkpoints.METRICS)
     folders = [crossval_runs.fold_folder(path, fold) for fold in range(config.folds)]
-    _, facts = checkpoints.load_config(folders[0])
+    config, facts = checkpoints.load_config(folders[0])  # the options with all defaults filled in
     histories, scores = [checkpoints.read_history(f) for f in folders], [_scores(f) for f in folders]
     gallery, missing = _gallery(folders, data, images)
     folds = [
