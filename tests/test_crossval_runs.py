@@ -17,6 +17,7 @@ from unet_fast.data import write_tiff
 from unet_fast.errors import UserError
 from unet_fast.step_loop import StepLoop
 
+
 def read(path):
     return json.loads(path.read_text(), parse_constant=pytest.fail)
 
