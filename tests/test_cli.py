@@ -141,8 +141,8 @@ def test_a_damaged_file_met_in_training_is_one_line(data, tmp_path, capsys, monk
     shutil.copytree(data, tmp_path / "data")
     load = training.load_labelled
 
-    def damaging(path):
-        dataset = load(path)
+    def damaging(path, **options):
+        dataset = load(path, **options)
         for file in (tmp_path / "data" / "images").iterdir():
             file.write_bytes(file.read_bytes()[:200])
         return dataset

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from unet_fast import FusedUNet, checkpoints
+from unet_fast import FusedUNet, checkpoints, migration
 from unet_fast.cli import main
 from unet_fast.data import generate, read_png, write_png
 from unet_fast.errors import UserError
@@ -32,8 +32,6 @@ def foreign(tmp_path_factory):
     ("path", "logits", "kind", "skipped"),
     [
         ("tf1", "tf1", "TensorFlow 1 checkpoint", 47),  # 46 slots of Momentum and global_step
-        ("tf1/model.ckpt-1", "tf1", "TensorFlow 1 checkpoint", 47),
-        ("tf1/model.ckpt-1.data-00000-of-00001", "tf1", "TensorFlow 1 checkpoint", 47),
         ("tf1-prefix/model.ckpt-1.index", "tf1-prefix", "TensorFlow 1 checkpoint", 95),
         ("tf2", "tf2", "TensorFlow 2 checkpoint", 96),
         ("keras.keras", "keras", "Keras model", 0),
@@ -45,11 +43,18 @@ def foreign(tmp_path_factory):
 def test_logits_are_those_of_the_source(path, logits, kind, skipped, foreign, tmp_path):
     done = import_checkpoint(foreign / path, tmp_path / "run", size=188)
     assert (done.kind, done.variables, done.skipped) == (kind, 46, skipped)
-    run = checkpoints.load_run(tmp_path / "run")
     expected = np.load(foreign / f"{logits}.npy")
     assert expected.std() > 0.05
-    np.testing.assert_allclose(run.model(np.load(foreign / "image.npy")), expected, atol=1e-5)
-    assert (run.config.filters, run.config.depth, run.config.padding) == (2, 4, "valid")
+    np.testing.assert_allclose(done.model(np.load(foreign / "image.npy")), expected, atol=1e-5)
+    config, _ = checkpoints.load_config(tmp_path / "run")
+    assert (config.filters, config.depth, config.padding) == (2, 4, "valid")
+
+
+def test_a_checkpoint_is_named_by_its_folder_its_prefix_or_one_of_its_files(foreign):
+    prefix = str(foreign / "tf1" / "model.ckpt-1")
+    for suffix in ("", ".index", ".meta", ".data-00000-of-00001"):
+        assert migration._checkpoint_prefix(Path(prefix + suffix)) == prefix
+    assert migration._checkpoint_prefix(foreign / "tf1") == prefix
 
 
 def test_a_keras_model_tells_its_geometry_and_is_compared(foreign, tmp_path, capsys):

@@ -10,6 +10,7 @@ Batch, height and width are the caller's choice, see `ExportFacts.sizes`. Every 
 compared with what the run's own model does, before it takes its place.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -112,7 +113,8 @@ def export_run(path, format, output, *, precision=None):
             _write_saved_model(temporary, run.model, facts, "fused" if format == "savedmodel-fused" else "stock")
             serve = tf.saved_model.load(str(temporary)).signatures["serving_default"]
             compute = lambda image: serve(tf.constant(image))[OUTPUT].numpy()  # noqa: E731
-        differences = _differences(run, facts, compute)
+        with _without_tensor_float_32():  # which would round to ten bits on one side alone
+            differences = _differences(run, facts, compute)
     return Exported(output, facts, differences)
 
 
@@ -193,6 +195,16 @@ def _write_saved_model(path, model, facts, backend):
     extra = path / "assets.extra"
     extra.mkdir()
     (extra / "unet_fast.json").write_text(json.dumps(dataclasses.asdict(facts), indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _without_tensor_float_32():
+    enabled = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(enabled)
 
 
 def _differences(run, facts, compute):
