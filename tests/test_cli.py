@@ -141,8 +141,8 @@ def test_a_damaged_file_met_in_training_is_one_line(data, tmp_path, capsys, monk
     shutil.copytree(data, tmp_path / "data")
     load = training.load_labelled
 
-    def damaging(path):
-        dataset = load(path)
+    def damaging(path, **options):
+        dataset = load(path, **options)
         for file in (tmp_path / "data" / "images").iterdir():
             file.write_bytes(file.read_bytes()[:200])
         return dataset
@@ -257,7 +257,7 @@ def test_interrupt(data, tmp_path, capsys, monkeypatch):
     assert "resumed at step 1 of 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command_name", ["", "train", "evaluate", "predict", "info"])
+@pytest.mark.parametrize("command_name", ["", "train", "crossval", "evaluate", "predict", "report", "info"])
 def test_help_needs_no_tensorflow(tmp_path, command_name):
     for name in ("tensorflow", "keras", "numpy"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")

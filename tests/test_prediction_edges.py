@@ -29,6 +29,9 @@ class Threshold:
     def __init__(self, channels=1):
         self.input_shape, self.output_shape = (None, 16, 16, channels), (None, 16, 16, 2)
 
+    def for_prediction(self):
+        return self
+
     def predict_on_batch(self, x):
         return np.stack([np.zeros_like(x[..., 0]), 50 * x[..., 0]], -1)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from unet_fast import step_loop
+from unet_fast import checkpoints, step_loop
 from unet_fast.data import Dataset, TrainingBatches, generate, pipeline
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
@@ -83,6 +83,21 @@ def test_a_loop_goes_on_from_any_step(data):
         losses += rest.advance(STEPS - len(losses))
     whole = result(data, [STEPS] * STEPS)
     assert_equal([np.array(losses), *map(np.asarray, (*later.variables, *later_optimizer.variables))], whole)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_snapshot_keeps_what_steps_change(data, jit):
+    """It shares the variables' buffers, and no step, compiled or not, writes to them."""
+    model, optimizer, loop = start(data, jit=jit)
+    loop.advance(1)
+    snapshot = checkpoints.snapshot(model, optimizer)
+    then = {name: np.array(value) for name, value in snapshot.items()}
+    assert len(then) == len(model.variables) + len(optimizer.variables)
+    loop.advance(3)
+    for name, value in snapshot.items():
+        np.testing.assert_array_equal(value, then[name], err_msg=name)
+    for name, value in checkpoints.snapshot(model, optimizer).items():
+        assert value.shape == () or not np.array_equal(value, then[name]), name
 
 
 def test_a_step_is_traced_once(data, monkeypatch):

@@ -136,7 +136,8 @@ def test_what_a_run_leaves_behind(trained, data):
     out, scores = trained
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     expected = (
-        "model.keras config.json split.json history.csv metrics.json curves.png overlays.png last/state.npz .lock"
+        "model.keras config.json split.json history.csv history.json metrics.json curves.png overlays.png "
+        "last/state.npz .lock"
     )
     assert files == set(expected.split())
 

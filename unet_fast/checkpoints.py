@@ -3,8 +3,9 @@
     model.keras    the best model so far, by the mean hard Dice on the validation fold
     last/          state.npz: everything that training needs to go on as if it had never stopped
     config.json    the options, and what the model has to know about its data
-    split.json     the folds         history.csv    a line an evaluation
+    split.json     the folds         history.csv, history.json   a line an evaluation
     metrics.json   of model.keras    curves.png, overlays.png
+    sample_weights.csv               tensorboard/                where they were asked for
 
 Every file is written beside its place and moved there, so that a reader and a kill find the old or the new one, whole.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from unet_fast.config import TrainConfig, read_options
 from unet_fast.data.files import atomic_path
@@ -28,7 +30,8 @@ from unet_fast.errors import UserError
 from unet_fast.models import FusedUNet
 
 MODEL, STATE, CONFIG, SPLIT = "model.keras", "last/state.npz", "config.json", "split.json"
-HISTORY, METRICS, CURVES, OVERLAYS = "history.csv", "metrics.json", "curves.png", "overlays.png"
+HISTORY, HISTORY_JSON, METRICS = "history.csv", "history.json", "metrics.json"
+CURVES, OVERLAYS, SAMPLE_WEIGHTS, TENSORBOARD = "curves.png", "overlays.png", "sample_weights.csv", "tensorboard"
 CROSSVAL = "crossval.json"  # of a folder of runs, see `unet_fast.crossval_runs`
 _LOCK = ".lock"
 
@@ -38,7 +41,7 @@ class DataFacts:
     """What a trained model has to know about the images that it was trained on.
 
     Attributes:
-        layout, num_classes, value_range, mask_values: as in `unet_fast.data.DatasetSpec`.
+        layout, num_classes, value_range, mask_values, ignore_value: as in `unet_fast.data.DatasetSpec`.
         image_shape: (height, width, channels) of an image before it was resized.
         image_dtype: "uint8", "uint16" or "float32".
     """
@@ -49,6 +52,7 @@ class DataFacts:
     image_shape: tuple[int, int, int]
     image_dtype: str
     mask_values: tuple[int, ...]
+    ignore_value: int | None = None
 
     @classmethod
     def of(cls, dataset):
@@ -56,7 +60,7 @@ class DataFacts:
         spec = dataset.spec
         images = dataset.images
         shape, dtype = tuple(images.shape[1:]), images.dtype.name
-        return cls(spec.layout, spec.num_classes, spec.value_range, shape, dtype, spec.mask_values)
+        return cls(spec.layout, spec.num_classes, spec.value_range, shape, dtype, spec.mask_values, spec.ignore_value)
 
     def check(self, images, name):
         """Raises UserError unless images [..., H, W, C] have the channels and the type of those trained on."""
@@ -184,7 +188,8 @@ def check_new(path):
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: expected a folder for the run, found a file; choose another name")
-    if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
+    own = {path / _LOCK, *_leftovers(path)}  # of a start that was killed
+    if path.is_dir() and any(entry not in own for entry in path.iterdir()):
         is_ours = (path / CONFIG).exists() or (path / CROSSVAL).exists()
         mend = "go on with --resume, or choose another folder" if is_ours else "choose another folder"
         raise UserError(f"{path}: expected a new or empty folder for the run, found files in it; {mend}")
@@ -221,32 +226,42 @@ def locked(path):
             ) from error
         except OSError as error:
             raise UserError(f"{path}: cannot be locked ({error.strerror}); choose a folder on another disk") from error
-        for leftover in (*path.glob(".model-*.keras"), *path.glob("last/.state-*.npz")):
-            leftover.unlink()  # half written when a process was killed
+        for leftover in _leftovers(path):
+            leftover.unlink()
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
 
 
-def save_state(path, model, optimizer, progress):
+def snapshot(model, optimizer):
+    """What training needs to go on, to be saved while it does so.
+
+    Args:
+        model: FusedUNet, whose variables hold the state of its dropout beside the weights.
+        optimizer: built keras.optimizers.Optimizer.
+
+    Returns:
+        dict of tensors. They share the variables' memory until these are assigned to, which TensorFlow then does elsewhere.
+    """
+    return {name: tf.convert_to_tensor(v.value) for name, v in _state_variables(model, optimizer).items()}
+
+
+def save_state(path, state, progress):
     """Write all that training needs to go on, in one file.
 
     Args:
         path: folder of the run.
-        model: FusedUNet, whose variables hold the state of its dropout beside the weights.
-        optimizer: built keras.optimizers.Optimizer.
+        state: of `snapshot`.
         progress: what the loop itself remembers, as JSON takes it.
     """
-    arrays = {f"model_{i}": np.asarray(v) for i, v in enumerate(model.variables)}
-    arrays |= {f"optimizer_{i}": np.asarray(v) for i, v in enumerate(optimizer.variables)}
     (path / STATE).parent.mkdir(exist_ok=True)
     with atomic_path(path / STATE, overwrite=True) as temporary:
-        np.savez(temporary, progress=np.array(json.dumps(progress)), **arrays)
+        np.savez(temporary, progress=np.array(json.dumps(progress)), **state)
 
 
 def load_state(path, model, optimizer):
-    """Put back what `save_state` wrote.
+    """Put back what `snapshot` took and `save_state` wrote.
 
     Returns:
         progress, or None where no state was saved yet.
@@ -263,13 +278,37 @@ def load_state(path, model, optimizer):
         progress = json.loads(str(arrays.pop("progress")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{file}: damaged ({_one_line(error)}); restore it, or start a new run") from error
-    targets = {f"model_{i}": v for i, v in enumerate(model.variables)}
-    targets |= {f"optimizer_{i}": v for i, v in enumerate(optimizer.variables)}
+    targets = _state_variables(model, optimizer)
     if {name: a.shape for name, a in arrays.items()} != {name: tuple(v.shape) for name, v in targets.items()}:
         raise UserError(f"{file}: holds the state of another network; restore it, or start a new run")
     for name, variable in targets.items():
         variable.assign(arrays[name])
     return progress
+
+
+class ModelWriter:
+    """Writes model.keras while the model that is trained goes on to change.
+
+    Args:
+        model: FusedUNet; a twin of it in the computer's memory takes the weights that are to be saved.
+    """
+
+    def __init__(self, model):
+        with tf.device("CPU:0"):
+            self._twin = type(model).from_config(model.get_config())
+
+    def __call__(self, path, values):
+        """Write a model, whole or not at all, in place of one that is there.
+
+        Args:
+            path: folder of the run.
+            values: of all variables of the model, in their order, tensors or arrays.
+        """
+        with tf.device("CPU:0"):
+            for variable, value in zip(self._twin.variables, values, strict=True):
+                variable.assign(np.asarray(value))
+        with atomic_path(path / MODEL, overwrite=True) as temporary:
+            self._twin.save(temporary)
 
 
 def write_json(path, content):
@@ -291,11 +330,12 @@ def read_json(path):
 
 
 def write_history(path, rows):
-    """Write a run's history.csv: a dict a row, all with the same keys; None is an empty cell."""
+    """Write a run's history.csv and history.json: a dict a row, all with the same keys; None is an empty cell or null."""
     with atomic_path(path / HISTORY, overwrite=True) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    write_json(path / HISTORY_JSON, rows)
 
 
 def read_history(path):
@@ -320,6 +360,19 @@ def read_history(path):
 def best_row(history):
     """The row of the history whose model was kept: the first with the highest mean Dice."""
     return max(history, key=lambda row: row["val_dice"])
+
+
+def _state_variables(model, optimizer):
+    """The variables of a state by their names in its file."""
+    named = {f"model_{i}": v for i, v in enumerate(model.variables)}
+    return named | {f"optimizer_{i}": v for i, v in enumerate(optimizer.variables)}
+
+
+def _leftovers(path):
+    """Files that were being written when a process was killed."""
+    names = (MODEL, STATE, CONFIG, SPLIT, HISTORY, HISTORY_JSON, METRICS, CURVES, OVERLAYS, SAMPLE_WEIGHTS)
+    patterns = (Path(name).with_name(f".{Path(name).stem}-*{Path(name).suffix}") for name in names)
+    return [file for pattern in patterns for file in path.glob(str(pattern))]
 
 
 def _number(cell):

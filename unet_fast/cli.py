@@ -12,12 +12,13 @@ import sys
 import tempfile
 
 from unet_fast import __version__, commands
-from unet_fast.config import TrainConfig, flag
+from unet_fast.config import TrainConfig, flag, numbers
 from unet_fast.errors import UserError
 
 _DESCRIPTIONS = {
     "data": "A data folder is ISBI-2012's three TIFFs, or images/ and masks/ with equal names.",
     "network": "The defaults are the network of the U-Net paper: 572 pixels in, 388 out.",
+    "augmentation": "All of it is drawn anew for each image and step.",
     "training": "The defaults are the recipe of NVIDIA's UNet_Medical.",
     "engine": None,
 }
@@ -309,7 +310,8 @@ def _add_train(parser, one_fold=True):
         if about["kind"] is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         else:
-            arguments |= {"type": about["kind"], "metavar": about["metavar"], "choices": about["choices"]}
+            kind = numbers if about["kind"] is tuple else about["kind"]
+            arguments |= {"type": kind, "metavar": about["metavar"], "choices": about["choices"]}
         groups[about["group"]].add_argument(flag(field), **arguments)
 
 

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from unet_fast.errors import UserError
 
-_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    tuple: "a list of numbers, such as 1,2.5",
+}
 
 
 def _option(group, default, help, kind, *, metavar=None, choices=None, rule=None, resumable=False):
@@ -31,6 +37,7 @@ def _option(group, default, help, kind, *, metavar=None, choices=None, rule=None
 
 _POSITIVE = ("at least 1", lambda value: value >= 1)
 _NOT_NEGATIVE = ("at least 0", lambda value: value >= 0)
+_ABOVE_ZERO = ("positive", lambda value: value > 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +65,64 @@ class TrainConfig:
         str,
         choices=("auto", "file", "image"),
     )
-    augment: bool = _option("data", True, "flip, crop and brighten the training images at random", bool)
+    ignore_class: int | None = _option(
+        "data",
+        None,
+        "value in the masks whose pixels are left out of loss and scores, and which is then no class (default: none)",
+        int,
+        metavar="VALUE",
+        rule=_NOT_NEGATIVE,
+    )
+    sample_weights: str | None = _option(
+        "data",
+        None,
+        "CSV file with the columns name and weight: by how much the loss of these training images is multiplied "
+        "(default: all by 1)",
+        str,
+        metavar="FILE",
+    )
+
+    augment: bool = _option("augmentation", True, "flip, crop and brighten at random, as UNet_Medical does", bool)
+    rotation: float = _option(
+        "augmentation",
+        0.0,
+        "greatest angle by which images are turned, either way",
+        float,
+        metavar="DEGREES",
+        rule=("from 0 to 180", lambda value: 0 <= value <= 180),
+    )
+    elastic: float = _option(
+        "augmentation",
+        0.0,
+        "standard deviation of random displacements on a grid of 3 x 3 points, between which images are bent smoothly",
+        float,
+        metavar="PIXELS",
+        rule=_NOT_NEGATIVE,
+    )
+    gamma: float = _option(
+        "augmentation",
+        0.0,
+        "gamma correction with an exponent from 1 / (1 + RANGE) to 1 + RANGE",
+        float,
+        metavar="RANGE",
+        rule=_NOT_NEGATIVE,
+    )
+    contrast: float = _option(
+        "augmentation",
+        0.0,
+        "contrast multiplied by a factor from 1 - RANGE to 1 + RANGE",
+        float,
+        metavar="RANGE",
+        rule=("in [0, 1]", lambda value: 0 <= value <= 1),
+    )
+    noise: float = _option(
+        "augmentation",
+        0.0,
+        "greatest standard deviation of Gaussian noise; the values of images span 2",
+        float,
+        metavar="SD",
+        rule=_NOT_NEGATIVE,
+    )
 
     size: int | None = _option(
         "network",
@@ -86,14 +150,80 @@ class TrainConfig:
     )
 
     steps: int = _option("training", 6400, "training steps in all", int, metavar="N", rule=_POSITIVE, resumable=True)
-    batch: int = _option("training", 8, "images a step", int, metavar="N", rule=_POSITIVE)
-    lr: float = _option(
+    batch: int = _option("training", 8, "images at a time", int, metavar="N", rule=_POSITIVE)
+    accumulate: int = _option(
         "training",
-        1e-4,
-        "learning rate of Adam",
+        1,
+        "batches a step, one after the other: trains as a batch of N times as many images, in the memory of one",
+        int,
+        metavar="N",
+        rule=_POSITIVE,
+    )
+    lr: float = _option("training", 1e-4, "learning rate of Adam", float, metavar="RATE", rule=_ABOVE_ZERO)
+    schedule: str = _option(
+        "training",
+        "constant",
+        "how the learning rate goes: constant, along a cosine to 0, or reduced when the validation Dice stands still",
+        str,
+        choices=("constant", "cosine", "plateau"),
+    )
+    warmup: int = _option(
+        "training",
+        0,
+        "steps over which the learning rate rises to --lr first",
+        int,
+        metavar="STEPS",
+        rule=_NOT_NEGATIVE,
+    )
+    plateau_patience: int | None = _option(
+        "training",
+        None,
+        "for --schedule plateau: evaluations in a row without a new best after which the rate is reduced (default: 3)",
+        int,
+        metavar="N",
+        rule=_POSITIVE,
+    )
+    plateau_factor: float | None = _option(
+        "training",
+        None,
+        "for --schedule plateau: by what the rate is then multiplied (default: 0.5)",
         float,
-        metavar="RATE",
-        rule=("positive", lambda value: value > 0),
+        metavar="X",
+        rule=("between 0 and 1", lambda value: 0 < value < 1),
+    )
+    patience: int | None = _option(
+        "training",
+        None,
+        "evaluations in a row without a new best after which training ends early (default: never)",
+        int,
+        metavar="N",
+        rule=_POSITIVE,
+        resumable=True,
+    )
+    clip_norm: float | None = _option(
+        "training",
+        None,
+        "greatest norm of the loss's gradients, of all weights together (default: any)",
+        float,
+        metavar="X",
+        rule=_ABOVE_ZERO,
+    )
+    ema: float | None = _option(
+        "training",
+        None,
+        "momentum of a moving average of the weights, such as 0.999, which is then what is scored and kept "
+        "(default: the weights themselves)",
+        float,
+        metavar="MOMENTUM",
+        rule=("between 0 and 1", lambda value: 0 < value < 1),
+    )
+    class_weights: tuple[float, ...] | None = _option(
+        "training",
+        None,
+        "weights of the classes in the cross-entropy, in the order of their values in the masks (default: all 1)",
+        tuple,
+        metavar="W0,W1,...",
+        rule=("of numbers that are not negative, and not all 0", lambda value: min(value) >= 0 and max(value) > 0),
     )
     l2: float = _option(
         "training",
@@ -120,6 +250,8 @@ class TrainConfig:
         rule=("from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32),
     )
 
+    tensorboard: bool = _option("training", False, "write RUN/tensorboard for TensorBoard, too", bool, resumable=True)
+
     precision: str = _option(
         "engine", "float32", "dtype policy", str, choices=("float32", "mixed_float16", "mixed_bfloat16")
     )
@@ -145,9 +277,10 @@ class TrainConfig:
             value, kind = getattr(self, field.name), field.metadata["kind"]
             if value is None and field.default is None:
                 continue
-            accepted = (int, float) if kind is float else kind
-            is_kind = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-            if not is_kind or (kind is float and not math.isfinite(value)):
+            if kind is tuple and isinstance(value, list):  # as JSON has it
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            if not _is_kind(value, kind):
                 raise UserError(f"expected {flag(field)} to be {_KINDS[kind]}, got {value!r}; give one")
             choices, rule = field.metadata["choices"], field.metadata["rule"]
             if choices and value not in choices:
@@ -161,6 +294,13 @@ class TrainConfig:
                 f"expected --fold to be from 0 to {self.folds - 1} with --folds {self.folds}, got {self.fold}; "
                 "give one of those"
             )
+        if self.schedule != "plateau" and (self.plateau_patience is not None or self.plateau_factor is not None):
+            raise UserError(
+                f"expected --plateau-patience and --plateau-factor with --schedule plateau alone, got {self.schedule}; "
+                "leave them out, or add --schedule plateau"
+            )
+        if self.warmup >= self.steps:
+            raise UserError(f"expected --warmup below the {self.steps} --steps, got {self.warmup}; give fewer")
 
     def resumed(self, changes):
         """The options of a run that goes on.
@@ -183,6 +323,29 @@ class TrainConfig:
                     f"{flag(field)} is {given} but the run to resume has {own}; leave it out, or start a new run"
                 )
         return dataclasses.replace(self, **changes)
+
+
+def numbers(text):
+    """Numbers from the command line: "1,2.5" becomes (1.0, 2.5).
+
+    Raises:
+        ValueError: it is no such list.
+
+    >>> from unet_fast.config import numbers
+    >>> numbers("1,2.5")
+    (1.0, 2.5)
+    """
+    return tuple(float(part) for part in text.split(","))
+
+
+def _is_kind(value, kind):
+    if kind is tuple:
+        return isinstance(value, tuple) and len(value) > 0 and all(_is_kind(part, float) for part in value)
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 def flag(field):

@@ -54,7 +54,7 @@ def cross_validate(config, out, *, resume=False, console=None):
     out, console = Path(out), console or rich.console.Console()
     if not resume:
         checkpoints.check_new(out)
-    dataset = load_labelled(config.data)
+    dataset = load_labelled(config.data, ignore_value=config.ignore_class)
     if not resume:
         folds = crossval.draw(dataset, num_folds=config.folds, split=config.split, group=config.group)
     with checkpoints.locked(out):

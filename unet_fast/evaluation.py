@@ -21,6 +21,7 @@ class Evaluator:
         model: FusedUNet.
         batches: tf.data.Dataset of (images [N, H, W, C], class indices [N, Ho, Wo]), as of
             `unet_fast.data.evaluation_dataset`.
+        ignore_class: the label of pixels that do not count, or None.
 
     Calling it returns a dict: `samples`, their number; `cross_entropy`, the mean over them; `soft_dice` as UNet_Medical
     counts it, the mean over samples and classes; `loss`, cross-entropy and soft Dice loss; `dice` and `iou`, hard, over
@@ -35,13 +36,13 @@ class Evaluator:
     3
     """
 
-    def __init__(self, model, batches):
-        classes = model.num_classes
-        cross_entropy = DiceCrossEntropy(dice_weight=0.0, reduction=None, backend=model.backend)
+    def __init__(self, model, batches, ignore_class=None):
+        classes, ignore = model.num_classes, {"ignore_class": ignore_class}
+        cross_entropy = DiceCrossEntropy(dice_weight=0.0, reduction=None, backend=model.backend, **ignore)
         self._batches = batches
         self._cross_entropy = keras.metrics.Mean()
-        self._soft_dice = Dice(classes, soft=True)
-        self._dice = [Dice(classes, class_id=k) for k in range(classes)]
+        self._soft_dice = Dice(classes, soft=True, **ignore)
+        self._dice = [Dice(classes, class_id=k, **ignore) for k in range(classes)]
 
         @tf.function(jit_compile=model.jit_compile, reduce_retracing=True, autograph=False)
         def update(images, labels):
@@ -94,7 +95,7 @@ def evaluate_run(path, data=None, *, tolerance=None):
     source = data or run.config.data
     if data is None and run.facts.layout == "imported":
         raise UserError(f"{path}: was imported and knows no data of its own; give some with --data")
-    dataset = load_labelled(source, mask_values=run.facts.mask_values)
+    dataset = load_labelled(source, mask_values=run.facts.mask_values, ignore_value=run.facts.ignore_value)
     run.facts.check(dataset.images, source)
     if dataset.images.shape[1:3] != run.facts.image_shape[:2]:
         got, trained = ("x".join(map(str, s)) for s in (dataset.images.shape[1:3], run.facts.image_shape[:2]))
@@ -138,7 +139,8 @@ def score(run, dataset, indices, *, tolerance=None):
     """
     if tolerance is not None and not tolerance >= 0:
         raise UserError(f"expected --tolerance to be at least 0, got {tolerance}; give one in units of the spacing")
-    scores = Evaluator(run.model, batches_of(run.model, dataset, indices, run.config.batch))()
+    ignore = dataset.spec.ignore_index
+    scores = Evaluator(run.model, batches_of(run.model, dataset, indices, run.config.batch), ignore)()
     images = []
     for index in map(int, indices):
         probabilities = predict_image(
@@ -146,10 +148,8 @@ def score(run, dataset, indices, *, tolerance=None):
         )
         spacing = dataset.spacings[index]
         about = {"name": dataset.names[index], "spacing": list(spacing[:2]), "unit": spacing.unit}
-        classes = run.facts.num_classes
-        images.append(
-            about | image_scores(dataset.masks[index], probabilities.argmax(-1), classes, spacing[:2], tolerance)
-        )
+        truth, prediction, classes = dataset.masks[index], probabilities.argmax(-1), run.facts.num_classes
+        images.append(about | image_scores(truth, prediction, classes, spacing[:2], tolerance, ignore))
     for name in ("hd95", "nsd"):
         each = [_mean(column) for column in zip(*(image[f"{name}_per_class"] for image in images), strict=True)]
         scores |= {name: _mean(each), f"{name}_per_class": each}
@@ -158,7 +158,7 @@ def score(run, dataset, indices, *, tolerance=None):
     return {**scores, "images": images}
 
 
-def image_scores(truth, prediction, num_classes, spacing=(1.0, 1.0), tolerance=None):
+def image_scores(truth, prediction, num_classes, spacing=(1.0, 1.0), tolerance=None, ignore_class=None):
     """Scores of one segmented image.
 
     Args:
@@ -166,6 +166,8 @@ def image_scores(truth, prediction, num_classes, spacing=(1.0, 1.0), tolerance=N
         num_classes: K.
         spacing: (height, width) of a pixel.
         tolerance: of the normalised surface Dice, in units of the spacing; None for one pixel.
+        ignore_class: what truth holds in pixels to leave out, or None. They do not count in Dice, IoU and the scores of
+            objects; outlines are taken to run there as they were predicted.
 
     Returns:
         dict of lists of K floats, `dice_per_class`, `iou_per_class`, `hd95_per_class`, in units of the spacing, and
@@ -182,9 +184,11 @@ def image_scores(truth, prediction, num_classes, spacing=(1.0, 1.0), tolerance=N
     """
     tolerance = surface_metrics.one_pixel(spacing) if tolerance is None else float(tolerance)
     columns = {"dice_per_class": [], "iou_per_class": [], "hd95_per_class": [], "nsd_per_class": []}
+    valid = np.ones(truth.shape, bool) if ignore_class is None else truth != ignore_class
+    outlined = np.where(valid, truth, prediction)
     for k in range(num_classes):
-        there, predicted = truth == k, prediction == k
-        both, either = int((there & predicted).sum()), int((there | predicted).sum())
+        there, predicted = outlined == k, prediction == k
+        both, either = int((there & predicted & valid).sum()), int(((there | predicted) & valid).sum())
         distances = surface_metrics.surface_distances(there, predicted, spacing)
         iou = both / either if either else 1.0
         values = (
@@ -195,7 +199,8 @@ def image_scores(truth, prediction, num_classes, spacing=(1.0, 1.0), tolerance=N
         )
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
-    objects = surface_metrics.instances(truth), surface_metrics.instances(prediction)
+    # Class 0 in the truth is no object, so these pixels count for nothing.
+    objects = surface_metrics.instances(np.where(valid, truth, 0)), surface_metrics.instances(prediction)
     split, merge = (None if math.isnan(v) else v for v in surface_metrics.variation_of_information(*objects))
     error = surface_metrics.adapted_rand_error(*objects)
     return {**columns, "tolerance": tolerance, "adapted_rand_error": error, "voi_split": split, "voi_merge": merge}
@@ -207,9 +212,9 @@ def _mean(values):
     return float(np.mean(known)) if known else None
 
 
-def load_labelled(data, mask_values=None):
+def load_labelled(data, mask_values=None, ignore_value=None):
     """`unet_fast.data.load_dataset`, with a UserError where there are no masks."""
-    dataset = load_dataset(data, mask_values=mask_values)
+    dataset = load_dataset(data, mask_values=mask_values, ignore_value=ignore_value)
     if dataset.masks is None:
         raise UserError(f"{data}: holds images but no masks; training and evaluation need them, add a folder masks/")
     return dataset

@@ -72,7 +72,7 @@ def overlays(samples, path):
 
     Args:
         samples: list of (name, image, truth, prediction): float32 [Hi, Wi, C] in [-1, 1], the network's input, and class
-            indices [H, W] of its middle.
+            indices [H, W] of its middle. What is masked in truth, a numpy.ma.MaskedArray, is left out.
         path: PNG file to write; one that is there is replaced.
 
     >>> import tempfile
@@ -80,7 +80,9 @@ def overlays(samples, path):
     >>> truth = np.eye(8, dtype=int)
     >>> overlays([("cell", truth[..., None] - 0.5, truth, truth[::-1])], tempfile.mkdtemp() + "/overlays.png")
     """
-    present = sorted(set().union(*(np.unique(mask).tolist() for _, _, *masks in samples for mask in masks)))
+    present = sorted(
+        set().union(*(np.unique(np.ma.compressed(mask)).tolist() for _, _, *masks in samples for mask in masks))
+    )
     # A class has the colour of its number, whatever others are there.
     colours = matplotlib.colors.ListedColormap([CLASS_COLOURS[k % len(CLASS_COLOURS)] for k in range(present[-1] + 1)])
     style = {"cmap": colours, "vmin": -0.5, "vmax": present[-1] + 0.5, "interpolation": "nearest"}
@@ -89,7 +91,7 @@ def overlays(samples, path):
     for row, (name, image, truth, prediction) in zip(grid, samples, strict=True):
         shown = (np.clip(_middle(image, truth.shape), -1, 1) + 1) / 2
         shown = np.repeat(shown[..., :1], 3, -1) if shown.shape[-1] != 3 else shown
-        wrong = truth != prediction
+        wrong = np.ma.filled(truth != prediction, False)
         for axes in row:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)

@@ -129,7 +129,7 @@ def _crossval_content(path, data, images):
         )
     result = checkpoints.read_json(path / checkpoints.METRICS)
     folders = [crossval_runs.fold_folder(path, fold) for fold in range(config.folds)]
-    _, facts = checkpoints.load_config(folders[0])
+    config, facts = checkpoints.load_config(folders[0])  # the options with all defaults filled in
     histories, scores = [checkpoints.read_history(f) for f in folders], [_scores(f) for f in folders]
     gallery, missing = _gallery(folders, data, images)
     folds = [
@@ -385,7 +385,7 @@ def _drawn(folders, data, entries):
         run = checkpoints.load_run(folders[number])
         if dataset is None or source != (data or run.config.data):
             source = data or run.config.data
-            dataset = load_labelled(source, mask_values=run.facts.mask_values)
+            dataset = load_labelled(source, mask_values=run.facts.mask_values, ignore_value=run.facts.ignore_value)
             run.facts.check(dataset.images, source)
         fold = crossval.load_split(run.path / checkpoints.SPLIT, dataset.names)[run.config.fold][1]
         for _, which, place, image in entries:
@@ -400,7 +400,8 @@ def _pictures(run, dataset, index, image):
     pixels, truth = dataset.images[index], dataset.masks[index]
     probabilities = predict_image(run.model, pixels, value_range=run.facts.value_range, scale=training_scale(run))
     prediction = probabilities.argmax(-1)
-    wrong = truth != prediction
+    known = truth != run.facts.num_classes  # elsewhere pixels are ignored
+    wrong = (truth != prediction) & known
     everywhere = np.ones_like(wrong)
     height, width = truth.shape
     shrink = min(1, _MOST_PIXELS / max(height, width))
@@ -408,7 +409,7 @@ def _pictures(run, dataset, index, image):
     names = [f"class {k}" for k in range(run.facts.num_classes)]
 
     def shares(classes):
-        parts = np.bincount(classes.ravel(), minlength=len(names)) / classes.size
+        parts = np.bincount(classes.ravel(), minlength=len(names)) / max(classes.size, 1)
         return ", ".join(f"{name} {part:.1%}" for name, part in zip(names, parts, strict=True))
 
     return {
@@ -417,7 +418,7 @@ def _pictures(run, dataset, index, image):
         "height": size[1],
         "image": _jpeg(_visible(pixels), size),
         "layers": [
-            ("truth", _overlay(truth, everywhere, size), f"Truth: {shares(truth)} of the pixels"),
+            ("truth", _overlay(truth, known, size), f"Truth: {shares(truth[known])} of the pixels"),
             ("prediction", _overlay(prediction, everywhere, size), f"Prediction: {shares(prediction)} of the pixels"),
             ("errors", _overlay(truth, wrong, size), f"Errors: {wrong.mean():.1%} of the pixels"),
         ],

@@ -19,9 +19,12 @@ class StepLoop:
     Args:
         model: FusedUNet; its `jit_compile` says whether XLA compiles the step.
         optimizer: keras.optimizers.Optimizer, built for the model's trainable variables.
-        loss_fn: called with (labels uint8 [B, H, W], outputs [B, H, W, K]), returns the mean loss, a float32 scalar.
+        loss_fn: called with (labels uint8 [B, H, W], outputs [B, H, W, K]), and float32 weights [B] where the batches have
+            them; returns the mean loss, a float32 scalar.
         batches: `unet_fast.data.TrainingBatches` of the model's sizes.
         start_step: number of the first step, at least 0.
+        accumulate: in how many equal parts a batch is taken, one after the other; the optimizer gets the parts' mean
+            gradient, once. Has to divide the size of the batches.
 
     Raises:
         UserError: a negative step.
@@ -40,9 +43,9 @@ class StepLoop:
     True
     """
 
-    def __init__(self, model, optimizer, loss_fn, batches, start_step):
+    def __init__(self, model, optimizer, loss_fn, batches, start_step, accumulate=1):
         device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
-        self._run = _make_run(model, optimizer, loss_fn, batches)
+        self._run = _make_run(model, optimizer, loss_fn, batches, accumulate)
         self._blocks = batches.blocks(start_step, device)
         self._block, self._position, self._length = None, 0, 0  # the block at hand, its steps done and in all
         self._chunk = 1  # steps; the first traces and compiles
@@ -69,7 +72,7 @@ class StepLoop:
         return losses
 
 
-def _make_run(model, optimizer, loss_fn, batches):
+def _make_run(model, optimizer, loss_fn, batches, accumulate):
     """A tf.function of a block of `TrainingBatches.blocks`, its first step to run and how many: losses float32 [count]."""
 
     # Compiled whatever becomes of the rest: TensorFlow's own kernels for a GPU gather no uint8, and XLA makes
@@ -78,14 +81,34 @@ def _make_run(model, optimizer, loss_fn, batches):
     def load(images, masks, rows, draws):
         return batches.prepare(tf.gather(images, rows), tf.gather(masks, rows), draws)
 
-    @tf.function(jit_compile=model.jit_compile, autograph=False)
-    def train_step(images, masks, rows, draws):
-        images, labels = load(images, masks, rows, draws)
+    variables = model.trainable_variables
+
+    def gradients(images, masks, rows, draws):
+        images, labels, *weights = load(images, masks, rows, draws)
         with tf.GradientTape() as tape:
-            loss = loss_fn(labels, model(images, training=True))
+            loss = loss_fn(labels, model(images, training=True), *weights)
             scaled = optimizer.scale_loss(loss)
-        variables = model.trainable_variables
-        optimizer.apply(tape.gradient(scaled, variables), variables)
+        return loss, tape.gradient(scaled, variables)
+
+    def accumulated(images, masks, rows, draws):
+        # Keras' own accumulation counts parts as steps, for which schedules and moving averages would then go on.
+        rows, draws = (tf.reshape(part, (accumulate, -1, *part.shape[1:])) for part in (rows, draws))
+
+        def body(i, *sums):
+            loss, parts = gradients(images, masks, rows[i], draws[i])
+            return i + 1, *(total + part for total, part in zip(sums, (loss, *parts), strict=True))
+
+        start = (0, 0.0, *(tf.zeros(v.shape, v.dtype) for v in variables))
+        _, *sums = tf.while_loop(
+            lambda i, *_: i < accumulate, body, start, parallel_iterations=1, maximum_iterations=accumulate
+        )
+        loss, *parts = (total / accumulate for total in sums)
+        return loss, parts
+
+    @tf.function(jit_compile=model.jit_compile, autograph=False)
+    def train_step(*batch):
+        loss, parts = (gradients if accumulate == 1 else accumulated)(*batch)
+        optimizer.apply(parts, variables)
         return loss
 
     @tf.function(autograph=False)

@@ -20,15 +20,22 @@ import rich.progress
 import tensorflow as tf
 
 from unet_fast import __version__, checkpoints, crossval, report
-from unet_fast.data import TrainingBatches
+from unet_fast.background import Background
+from unet_fast.data import Augmentation, TrainingBatches
+from unet_fast.data.files import atomic_path
+from unet_fast.data.sample_weights import read_sample_weights
 from unet_fast.errors import UserError
 from unet_fast.evaluation import Evaluator, batches_of, load_labelled, record
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
 from unet_fast.models.geometry import nearest_input_sizes
+from unet_fast.schedules import Schedule, reductions, since_best
 from unet_fast.step_loop import StepLoop
+from unet_fast.tensorboard import TensorBoard
 
 _REFERENCE_SIZE = 572  # of the paper's and UNet_Medical's input, which unpadded networks of depth 1 to 5 all take
+_PLATEAU_PATIENCE, _PLATEAU_FACTOR = 3, 0.5
+_CACHED_BYTES = 2**28  # prepared validation images up to this size are kept from one evaluation to the next
 _OVERLAYS = 4  # validation images in overlays.png
 
 
@@ -60,6 +67,15 @@ class AdamL2(keras.optimizers.Adam):
     def __init__(self, learning_rate=1e-4, l2=5e-4, name="adam_l2", **kwargs):
         super().__init__(learning_rate, name=name, **kwargs)
         self.l2 = l2
+
+    def build(self, variables):
+        built = self.built
+        super().build(variables)
+        if (
+            self.use_ema and not built
+        ):  # the first steps may be left out by a loss scale, and leave the averages as they are
+            for average, variable in zip(self._model_variables_moving_average, variables, strict=True):
+                average.assign(variable)
 
     def update_step(self, gradient, variable, learning_rate):
         super().update_step(keras.ops.cast(gradient, variable.dtype) + self.l2 * variable, variable, learning_rate)
@@ -95,8 +111,8 @@ def train(config, out, *, resume=False, folds=None, console=None):
     >>> out = tempfile.mkdtemp()
     >>> config = TrainConfig(data="synthetic", filters=2, depth=1, padding="same", size=32, steps=2, batch=1)
     >>> scores = train(config, out, console=rich.console.Console(quiet=True))
-    >>> sorted(os.listdir(out))[1:]
-    ['config.json', 'curves.png', 'history.csv', 'last', 'metrics.json', 'model.keras', 'overlays.png', 'split.json']
+    >>> " ".join(sorted(os.listdir(out))[1:])
+    'config.json curves.png history.csv history.json last metrics.json model.keras overlays.png split.json'
     >>> evaluate_run(out) == scores
     True
     """
@@ -105,28 +121,46 @@ def train(config, out, *, resume=False, folds=None, console=None):
         checkpoints.check_trained_here(out)
     else:
         checkpoints.check_new(out)
-    dataset = load_labelled(config.data)
+    dataset = load_labelled(config.data, ignore_value=config.ignore_class)
     facts = checkpoints.DataFacts.of(dataset)
     config = _completed(config, facts)
     if folds is None:
         folds = crossval.draw(dataset, num_folds=config.folds, split=config.split, group=config.group)
     trainer = _Trainer(config, dataset, out, console or rich.console.Console())
     with checkpoints.locked(out):
-        if resume:
-            if checkpoints.load_config(out)[1] != facts:
-                raise UserError(
-                    f"{config.data}: not the data that {out} was trained on; say with --data where they are"
-                )
-            folds = crossval.load_split(out / checkpoints.SPLIT, dataset.names)
-        else:
+        if not resume:
             checkpoints.check_new(out)  # again, now that nobody else can fill it
-            crossval.save_split(out / checkpoints.SPLIT, folds, dataset.names)
+        elif checkpoints.load_config(out)[1] != facts:
+            raise UserError(f"{config.data}: not the data that {out} was trained on; say with --data where they are")
         checkpoints.save_config(out, config, facts, __version__)
-        return trainer.run(*folds[config.fold], resume=resume)
+        if (out / checkpoints.STATE).exists() or (out / checkpoints.SPLIT).exists():
+            folds = crossval.load_split(out / checkpoints.SPLIT, dataset.names)
+        else:  # new, or killed before anything depended on the folds
+            crossval.save_split(out / checkpoints.SPLIT, folds, dataset.names)
+        weights = _sample_weights(config, out, dataset.names)
+        return trainer.run(*folds[config.fold], resume=resume, sample_weights=weights)
+
+
+def _sample_weights(config, out, names):
+    """The images' weights, or None. A run has its own copy of the file, so that it goes on with the same."""
+    if config.sample_weights is None:
+        return None
+    copy = out / checkpoints.SAMPLE_WEIGHTS
+    weights = read_sample_weights(copy if copy.exists() else config.sample_weights, names)
+    if not copy.exists():
+        with atomic_path(copy, overwrite=True) as temporary:
+            temporary.write_bytes(Path(config.sample_weights).read_bytes())
+    return weights
 
 
 def _completed(config, facts):
-    """The options with those that depend on the data or on others filled in, and the data's place made absolute."""
+    """The options with those that depend on the data or on others filled in, and places made absolute."""
+    classes = facts.num_classes
+    if config.class_weights is not None and len(config.class_weights) != classes:
+        raise UserError(
+            f"expected --class-weights for {classes} classes, whose values in the masks are "
+            f"{', '.join(map(str, facts.mask_values))}, got {len(config.class_weights)}; give one each"
+        )
     size, eval_every = config.size, config.eval_every
     if size is None and config.padding == "valid":
         size = _REFERENCE_SIZE
@@ -138,7 +172,12 @@ def _completed(config, facts):
     if eval_every is None:
         eval_every = max(config.steps // 20, 1)
     data = config.data if config.data == "synthetic" else str(Path(config.data).resolve())
-    return dataclasses.replace(config, data=data, size=size, eval_every=eval_every)
+    weights = config.sample_weights and str(Path(config.sample_weights).resolve())
+    filled = {"data": data, "sample_weights": weights, "size": size, "eval_every": eval_every}
+    if config.schedule == "plateau":
+        filled["plateau_patience"] = config.plateau_patience or _PLATEAU_PATIENCE
+        filled["plateau_factor"] = config.plateau_factor or _PLATEAU_FACTOR
+    return dataclasses.replace(config, **filled)
 
 
 class _Trainer:
@@ -159,16 +198,26 @@ class _Trainer:
             dtype=config.precision,
         )
         checkpoints.set_jit(self.model, config)
-        self.optimizer = AdamL2(config.lr, config.l2)
+        self.rate = config.lr
+        if config.schedule != "constant" or config.warmup:
+            self.rate = Schedule(config.lr, config.warmup, config.steps if config.schedule == "cosine" else None)
+        ema = {} if config.ema is None else {"use_ema": True, "ema_momentum": config.ema}
+        self.optimizer = AdamL2(self.rate, config.l2, global_clipnorm=config.clip_norm, **ema)
         if config.precision == "mixed_float16":
             self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
         self.optimizer.build(self.model.trainable_variables)
+        self.scored = self.model  # what is evaluated and kept
+        if config.ema is not None:
+            self.scored = FusedUNet.from_config(self.model.get_config())
+            checkpoints.set_jit(self.scored, config)
+        self.write_model = checkpoints.ModelWriter(self.model)
+        self.tensorboard = None
         self.step = 0
         self.seconds = 0.0
         self.losses = []  # of the steps since the last evaluation
         self.history = []
 
-    def run(self, training, validation, *, resume):
+    def run(self, training, validation, *, resume, sample_weights=None):
         config = self.config
         if resume:
             self._restore()
@@ -177,19 +226,36 @@ class _Trainer:
             training,
             input_size=config.size,
             output_size=self.model.output_shape[1:3],
-            batch_size=config.batch,
+            batch_size=config.batch * config.accumulate,
             seed=config.seed,
-            augment=config.augment,
+            augment=Augmentation(
+                basic=config.augment,
+                rotation=config.rotation,
+                elastic=config.elastic,
+                gamma=config.gamma,
+                contrast=config.contrast,
+                noise=config.noise,
+            ),
+            sample_weights=sample_weights,
         )
-        loop = StepLoop(self.model, self.optimizer, DiceCrossEntropy(backend=config.backend), batches, self.step)
-        evaluator = Evaluator(self.model, batches_of(self.model, self.dataset, validation, config.batch))
+        spec = self.dataset.spec
+        loss = DiceCrossEntropy(
+            class_weights=config.class_weights, ignore_class=spec.ignore_index, backend=config.backend
+        )
+        loop = StepLoop(self.model, self.optimizer, loss, batches, self.step, config.accumulate)
+        evaluated = batches_of(self.scored, self.dataset, validation, config.batch)
+        if len(validation) * math.prod(self.scored.input_shape[1:]) * 4 <= _CACHED_BYTES:
+            evaluated = evaluated.cache()
+        if config.tensorboard:
+            self.tensorboard = TensorBoard(self.out / checkpoints.TENSORBOARD)
+        evaluator = Evaluator(self.scored, evaluated, spec.ignore_index)
         ops = "fused" if self.model.uses_fused_ops else "stock"
         self._say(
             f"{len(training)} training and {len(validation)} validation images, fold {config.fold} of {config.folds}; "
             f"{self.model.count_params():,} parameters, input {config.size}, output {self.model.output_shape[1]}; "
             f"{config.precision}, {ops} ops, XLA {'on' if self.model.jit_compile else 'off'}; "
-            f"classes 0 to {self.dataset.spec.num_classes - 1} are {', '.join(map(str, self.dataset.spec.mask_values))} "
-            "in the masks"
+            f"classes 0 to {spec.num_classes - 1} are {', '.join(map(str, spec.mask_values))} in the masks"
+            + ("" if spec.ignore_value is None else f", {spec.ignore_value} is ignored")
         )
         shared, files = crossval.shared_files(self.dataset, (training, validation))
         if shared and files > 1:
@@ -197,35 +263,56 @@ class _Trainer:
                 f"note: {shared} of {files} files have images in training and validation both, which flatters the scores; "
                 f"a partition with --group file and --folds {min(files, config.folds)} keeps files together"
             )
-        with _signals() as caught, self._bar() as show:
-            self._loop(loop, evaluator, caught, show)
+        with _signals() as caught, self._bar() as show, Background() as background:
+            self._loop(loop, evaluator, background, caught, show)
         return self._finish(validation)
 
-    def _loop(self, loop, evaluator, caught, show):
+    def _loop(self, loop, evaluator, background, caught, show):
         config = self.config
         begin = time.monotonic() - self.seconds
         timed = None  # (time, step) from which on the speed is taken
-        while self.step < config.steps:
+        while self.step < config.steps and not self._is_stalled():
             due = min((self.step // config.eval_every + 1) * config.eval_every, config.steps)
             losses = loop.advance(due - self.step)
             self.losses += losses
             self.step += len(losses)
+            background.check()
             self._check_health()
             now = time.monotonic()
             timed = timed or (now, self.step)  # after the first step, which traces, compiles and tunes
             steps = self.step - timed[1]
-            speed = steps * config.batch / (now - timed[0]) if steps else None
+            speed = steps * config.batch * config.accumulate / (now - timed[0]) if steps else None
             show(losses[-1], speed)
+            results = []
             if self.step == due:
                 self.seconds = now - begin
-                self._evaluate(evaluator, speed)
+                results = self._evaluate(evaluator, speed)
                 timed = time.monotonic(), self.step
             if self.step == due or caught:
                 self.seconds = time.monotonic() - begin
-                self._save()
+                background.submit(_write, [*results, self._state()])
             if caught:
+                background.wait()
                 mend = f"go on with `unet-fast train --out {self.out} --resume`"
                 raise Interrupted(f"stopped at step {self.step} of {config.steps}; {mend}", caught[0])
+
+    def _is_stalled(self):
+        scores, patience = [row["val_dice"] for row in self.history], self.config.patience
+        if patience is None or not scores or since_best(scores) < patience:
+            return False
+        self._say(f"stopped early at step {self.step}: no new best Dice in {patience} evaluations")
+        return True
+
+    def _reduce_on_plateau(self):
+        if self.config.schedule == "plateau":
+            times = reductions([row["val_dice"] for row in self.history], self.config.plateau_patience)
+            self.rate.factor.assign(self.config.plateau_factor**times)
+
+    def _last_rate(self):
+        """The learning rate of the last update."""
+        if isinstance(self.rate, float):
+            return self.rate
+        return float(self.rate(max(int(self.optimizer.iterations) - 1, 0)))
 
     @property
     def _loss_scale(self):
@@ -251,12 +338,15 @@ class _Trainer:
         )
 
     def _evaluate(self, evaluator, speed):
+        """Score the model: a line of the history. Returns what is to be written, functions and their arguments."""
+        if self.scored is not self.model:
+            self.optimizer.finalize_variable_values(self.scored.trainable_variables)
         scores = evaluator()
         if not math.isfinite(scores["loss"]):
             raise self._diverged("the validation loss is not finite")
         losses = [loss for loss in self.losses if math.isfinite(loss)]
         loss = float(np.mean(losses)) if losses else None
-        l2_loss = self.config.l2 / 2 * sum(float(tf.reduce_sum(tf.square(v))) for v in self.model.trainable_variables)
+        l2_loss = self.config.l2 / 2 * sum(self._squares().numpy().tolist())
         row = {
             "step": self.step,
             "loss": loss,
@@ -265,7 +355,7 @@ class _Trainer:
             **{f"val_{key}": value for key, value in scores.items() if isinstance(value, float)},
             **{f"val_dice_{k}": value for k, value in enumerate(scores["dice_per_class"])},
             **{f"val_iou_{k}": value for k, value in enumerate(scores["iou_per_class"])},
-            "lr": self.config.lr,
+            "lr": self._last_rate(),
             "loss_scale": self._loss_scale,
             "skipped_steps": self.step - int(self.optimizer.iterations),
             "images_per_second": speed,
@@ -273,18 +363,29 @@ class _Trainer:
         }
         self.history.append(row)
         self.losses = []
+        self._reduce_on_plateau()
         is_best = checkpoints.best_row(self.history) is row
-        if is_best:
-            with checkpoints.atomic_path(self.out / checkpoints.MODEL, overwrite=True) as temporary:
-                self.model.save(temporary)
-            metrics = {"fold": self.config.fold, "step": self.step, **scores}
-            checkpoints.write_json(self.out / checkpoints.METRICS, metrics)
-        checkpoints.write_history(self.out, self.history)
         self._say(_row_text(row, self.config.steps, is_best))
+        files = []
+        if is_best:
+            metrics = {"fold": self.config.fold, "step": self.step, **scores}
+            weights = [tf.convert_to_tensor(v.value) for v in self.scored.variables]
+            files.append((self.write_model, self.out, weights))
+            files.append((checkpoints.write_json, self.out / checkpoints.METRICS, metrics))
+        files.append((checkpoints.write_history, self.out, list(self.history)))
+        if self.tensorboard is not None:
+            files.append((self.tensorboard, row))
+        return files
 
-    def _save(self):
-        progress = {"step": self.step, "seconds": self.seconds, "losses": self.losses}
-        checkpoints.save_state(self.out, self.model, self.optimizer, progress)
+    def _state(self):
+        """The writing of what to go on from; after all else of its step, which is done again if this is not there."""
+        progress = {"step": self.step, "seconds": self.seconds, "losses": list(self.losses)}
+        state = checkpoints.snapshot(self.model, self.optimizer)
+        return checkpoints.save_state, self.out, state, progress
+
+    @tf.function(autograph=False)
+    def _squares(self):
+        return tf.stack([tf.reduce_sum(tf.square(v)) for v in self.model.trainable_variables])
 
     def _restore(self):
         progress = checkpoints.load_state(self.out, self.model, self.optimizer)
@@ -293,6 +394,7 @@ class _Trainer:
         self.step, self.seconds, self.losses = progress["step"], progress["seconds"], progress["losses"]
         # A kill between an evaluation and its checkpoint leaves a row that will be written again.
         self.history = [row for row in checkpoints.read_history(self.out) if row["step"] <= self.step]
+        self._reduce_on_plateau()
         self._say(f"resumed at step {self.step} of {self.config.steps}")
 
     def _finish(self, validation):
@@ -300,7 +402,8 @@ class _Trainer:
         run, indices, samples = checkpoints.load_run(self.out), validation[:_OVERLAYS], []
         for index, (image, label) in zip(indices, batches_of(run.model, self.dataset, indices, 1), strict=True):
             predicted = run.model.predict_on_batch(image).argmax(-1)
-            samples.append((self.dataset.names[index], image[0].numpy(), label[0].numpy(), predicted[0]))
+            truth = np.ma.masked_equal(label[0].numpy(), self.dataset.spec.num_classes)  # what is ignored
+            samples.append((self.dataset.names[index], image[0].numpy(), truth, predicted[0]))
         report.overlays(samples, self.out / checkpoints.OVERLAYS)
         return record(run, self.dataset, validation)
 
@@ -342,6 +445,11 @@ def _row_text(row, steps, is_best):
     if row["images_per_second"] is not None:
         parts.append(f"{row['images_per_second']:.1f} images/s")
     return "  ".join(parts) + ("  *" if is_best else "")
+
+
+def _write(files):
+    for write, *arguments in files:
+        write(*arguments)
 
 
 @contextlib.contextmanager

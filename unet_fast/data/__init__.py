@@ -1,6 +1,7 @@
 """Data: reading, checking, generating, augmenting and feeding images and masks."""
 
 from unet_fast.data.augment import (
+    Augmentation,
     augment_batch,
     augment_sample,
     augmentation_draws,
@@ -19,6 +20,7 @@ from unet_fast.data.synthetic import generate
 from unet_fast.data.tiff import read_tiff, write_tiff
 
 __all__ = [
+    "Augmentation",
     "Dataset",
     "DatasetSpec",
     "Spacing",

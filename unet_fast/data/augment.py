@@ -1,17 +1,82 @@
 """Preprocessing and augmentation of batches, as TensorFlow functions that run anywhere: in `tf.data`, in a step, under XLA.
 
 They follow NVIDIA's UNet_Medical: normalise to [-1, 1], resize bilinearly to the network's output size, pad with zeros
-to its input size; then flip, cut a random box of the padded image and resize it back, shift the brightness, clip.
+to its input size; then flip, cut a random box of the padded image and resize it back, shift the brightness, clip. Rotation,
+elastic deformation, gamma, contrast and noise can be added. Whatever moves pixels is one resampling.
 Randomness is stateless: a seed gives the same result on any machine, whatever runs beside it. The draws are apart from
 their use, so that they can be made on the CPU, where each sample's seed gives the same numbers on any device and in any batch.
 """
 
-import tensorflow as tf
+import math
+from dataclasses import dataclass
 
-from unet_fast.data.resample import box_positions, resample, resize_positions
+import numpy as np
+import tensorflow as tf
+from scipy.interpolate import CubicSpline
+
+from unet_fast.data.resample import box_positions, resample, resample_at, resize_positions
 
 _MAX_CROP = 0.3  # each edge of the box moves inwards by up to this share of the side
 _MAX_BRIGHTNESS = 0.2  # of the normalised values, whose range is 2
+_BASIC = 7  # random numbers of flips, crop and brightness
+_ROTATION, _GAMMA, _CONTRAST, _NOISE, _NOISE_SEED, _ELASTIC, _ALL = 7, 8, 9, 10, 11, 13, 31  # where the others begin
+_POINTS = 3  # a side of the grid of displacements
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Which random changes images see in training, and how large they may be; those of UNet_Medical by default.
+
+    Attributes:
+        basic: flips, each with probability 1/2; a box whose edges each moved inwards by U(0, 0.3) of the side, resized
+            back; brightness shifted by U(-0.2, 0.2), where values span -1..1.
+        rotation: degrees; turned about the centre by U(-rotation, rotation).
+        elastic: pixels of the network's input. The points of a 3 x 3 grid over the image are moved by normal random
+            numbers of this standard deviation, and what lies between by a cubic spline (Ronneberger et al., 2015).
+        gamma: values, as 0..1, to the power of g, with log g of U(-log(1 + gamma), log(1 + gamma)).
+        contrast: difference from the mean over the network's output multiplied by 1 + U(-contrast, contrast).
+        noise: normal noise of standard deviation U(0, noise), where values span -1..1.
+
+    Where a moved pixel comes from outside the image, that is mirrored there. Values are clipped to -1..1 at the end.
+
+    >>> from unet_fast.data import Augmentation
+    >>> Augmentation(rotation=15).draws((0, 1)).shape
+    TensorShape([31])
+    """
+
+    basic: bool = True
+    rotation: float = 0.0
+    elastic: float = 0.0
+    gamma: float = 0.0
+    contrast: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def warps(self):
+        """Whether pixels move in other ways than by flips and boxes."""
+        return self.rotation > 0 or self.elastic > 0
+
+    @property
+    def num_draws(self):
+        """How many random numbers a sample takes: D."""
+        return _ALL if self.warps or self.gamma > 0 or self.contrast > 0 or self.noise > 0 else _BASIC
+
+    def draws(self, seed):
+        """The random numbers that augment a sample.
+
+        Args:
+            seed: two integers, the first below 2^32; equal seeds give equal numbers.
+
+        Returns:
+            float32 `[D]`. The first 7 are those of `augmentation_draws`, whatever else is on.
+        """
+        basic = augmentation_draws(seed)
+        if self.num_draws == _BASIC:
+            return basic
+        seed = tf.cast(seed, tf.int64)
+        numbers = tf.random.stateless_uniform([_ELASTIC - _BASIC], seed + tf.constant([2**32, 0], tf.int64))
+        moves = tf.random.stateless_normal([_ALL - _ELASTIC], seed + tf.constant([2**33, 0], tf.int64))
+        return tf.concat([basic, numbers, moves], 0)
 
 
 def normalize(image, value_range):
@@ -112,7 +177,7 @@ def center_crop(mask, output_size):
 
 
 def augmentation_draws(seed):
-    """The random numbers that augment a sample.
+    """The random numbers of a sample's flips, crop and brightness.
 
     Args:
         seed: two integers; equal seeds give equal numbers.
@@ -127,21 +192,21 @@ def augmentation_draws(seed):
     >>> augmentation_draws((0, 1)).shape
     TensorShape([7])
     """
-    return tf.random.stateless_uniform([7], seed)
+    return tf.random.stateless_uniform([_BASIC], seed)
 
 
-def augment_batch(images, masks, draws, *, num_classes, output_size):
+def augment_batch(images, masks, draws, *, num_classes, output_size, augmentation=Augmentation()):
     """Augment prepared samples; image and mask are moved alike, each sample by its own draws alone.
 
-    Each flip with probability 1/2; a box whose edges each moved inwards by U(0, 0.3) of the side, resized back;
-    brightness shifted by U(-0.2, 0.2); clipped to [-1, 1]. The padding is part of the image, as in UNet_Medical.
+    The padding is part of the image, as in UNet_Medical.
 
     Args:
         images: float32 `[N, H, W, C]` from `prepare_image`, values -1..1.
         masks: uint8 class indices `[N, H, W]` from `prepare_mask`.
-        draws: float32 `[N, 7]` from `augmentation_draws`.
+        draws: float32 `[N, D]` from `augmentation.draws`.
         num_classes: number of classes; two are interpolated, more take the nearest, as in `prepare_mask`.
         output_size: `(height, width)` of the masks' middle that is wanted.
+        augmentation: `Augmentation`.
 
     Returns:
         `(images, masks)`: float32 `[N, H, W, C]`, and uint8 `[N, *output_size]`.
@@ -157,32 +222,104 @@ def augment_batch(images, masks, draws, *, num_classes, output_size):
     (TensorShape([2, 64, 64, 1]), TensorShape([2, 48, 48]), tf.uint8)
     """
     exact = tf.cast(draws, tf.float64)  # see `resample`
-    # The box's first and last row and column. Swapped ends flip for nothing, and the mask is sampled at its final size
-    # only: what flipping, resizing and cropping in turn give, for a quarter less work.
-    first, last = exact[:, :2] * _MAX_CROP, 1 - exact[:, 2:4] * _MAX_CROP
-    flip = exact[:, 4:6] > 0.5
-    first, last = tf.where(flip, 1 - first, first), tf.where(flip, 1 - last, last)
-    grid = [
-        box_positions(first[:, axis] * (side - 1), last[:, axis] * (side - 1), side)
-        for axis, side in enumerate(images.shape[1:3])
-    ]
-    images = resample(images, *grid)
-    brightness = ((2 * draws[:, 6] - 1) * _MAX_BRIGHTNESS)[:, None, None, None]
-    images = tf.clip_by_value(images + brightness, -1, 1)
-
     starts = [_offset(side, wanted) for side, wanted in zip(masks.shape[1:], output_size, strict=True)]
-    middle = [g[:, start : start + wanted] for g, start, wanted in zip(grid, starts, output_size, strict=True)]
-    masks = resample(_mask_values(masks, num_classes), *middle, nearest=num_classes > 2)
+    rows, columns = (slice(start, start + wanted) for start, wanted in zip(starts, output_size, strict=True))
+    nearest = num_classes > 2
+    if augmentation.warps:
+        y, x = _warped(exact, images.shape[1:3], augmentation)
+        images = resample_at(images, y, x)
+        window = slice(None), rows, columns
+        masks = resample_at(_mask_values(masks, num_classes), y[window], x[window], nearest=nearest)
+    elif augmentation.basic:
+        # Swapped ends flip for nothing, and the mask is sampled at its final size only: what flipping, resizing and
+        # cropping in turn give, for a quarter less work.
+        grid = [
+            box_positions(first * (side - 1), last * (side - 1), side)
+            for first, last, side in zip(*_box(exact), images.shape[1:3], strict=True)
+        ]
+        images = resample(images, *grid)
+        middle = grid[0][:, rows], grid[1][:, columns]
+        masks = resample(_mask_values(masks, num_classes), *middle, nearest=nearest)
+    else:
+        masks = _mask_values(masks[:, rows, columns], num_classes)
+    images = _intensities(images, draws, (slice(None), rows, columns), augmentation)
     return images, _to_classes(masks, num_classes)[..., 0]
 
 
-def augment_sample(image, mask, *, num_classes, output_size, seed):
+def _box(draws):
+    """The box's first and last row and column as shares of the sides, swapped where they flip: two pairs of `[N]`."""
+    first, last = draws[:, :2] * _MAX_CROP, 1 - draws[:, 2:4] * _MAX_CROP
+    flip = draws[:, 4:6] > 0.5
+    return tf.unstack(tf.where(flip, 1 - first, first), axis=1), tf.unstack(tf.where(flip, 1 - last, last), axis=1)
+
+
+def _warped(draws, sides, augmentation):
+    """Where the pixels of warped images come from: rows and columns, float64 `[N, H, W]`.
+
+    The box is cut and resized first, and that image turned and bent: its corners then mostly come from around the box.
+    """
+    y, x = (np.arange(side) - (side - 1) / 2 for side in sides)
+    y, x = y[None, :, None], x[None, None, :]
+    if augmentation.rotation > 0:
+        angle = (2 * draws[:, _ROTATION, None, None] - 1) * math.radians(augmentation.rotation)
+        sine, cosine = tf.sin(angle), tf.cos(angle)
+        y, x = cosine * y - sine * x, sine * y + cosine * x
+    if augmentation.elastic > 0:
+        moves = augmentation.elastic * tf.reshape(draws[:, _ELASTIC:_ALL], (-1, 2, _POINTS, _POINTS))
+        y, x = y + _spline(moves[:, 0], sides), x + _spline(moves[:, 1], sides)
+    positions = []
+    ends = _box(draws) if augmentation.basic else ((0.0, 0.0), (1.0, 1.0))
+    for position, first, last, side in zip((y, x), *ends, sides, strict=True):
+        first, last = (tf.reshape(tf.cast(end, tf.float64), (-1, 1, 1)) * (side - 1) for end in (first, last))
+        positions.append(first + (last - first) * (position / (side - 1) + 0.5))
+    return positions
+
+
+def _spline(values, sides):
+    """Natural cubic splines through values on a grid over the image: `[N, P, P]` becomes `[N, H, W]`.
+
+    A sum of few products, not a matrix product, which a GPU would round to TF32.
+    """
+    points = values.shape[1]
+    rows, columns = (
+        CubicSpline(np.arange(points), np.eye(points), bc_type="natural")(np.linspace(0, points - 1, side))
+        for side in sides
+    )
+    values = sum(rows[:, i, None] * values[:, i, None, :] for i in range(points))  # [N, H, P]
+    return sum(values[:, :, j, None] * columns[:, j] for j in range(points))
+
+
+def _intensities(images, draws, window, augmentation):
+    """Gamma, contrast, brightness and noise, each image's by its own draws; `window` is where its contents lie."""
+
+    def number(index, low, high):
+        return (low + (high - low) * draws[:, index])[:, None, None, None]
+
+    if augmentation.gamma > 0:
+        most = math.log1p(augmentation.gamma)
+        # Blending may end a rounding error below -1, of which there is no power.
+        images = 2 * tf.maximum((images + 1) / 2, 0) ** tf.exp(number(_GAMMA, -most, most)) - 1
+    if augmentation.contrast > 0:
+        mean = tf.reduce_mean(images[window], (1, 2), keepdims=True)
+        images = mean + (images - mean) * number(_CONTRAST, 1 - augmentation.contrast, 1 + augmentation.contrast)
+    if augmentation.basic:
+        brightness = ((2 * draws[:, 6] - 1) * _MAX_BRIGHTNESS)[:, None, None, None]
+        images = images + brightness
+    if augmentation.noise > 0:
+        # TensorFlow has no op that draws for many seeds at once. A uniform number has 23 bits.
+        seeds = tf.cast(draws[:, _NOISE_SEED : _NOISE_SEED + 2] * 2**23, tf.int32)
+        noise = [tf.random.stateless_normal(images.shape[1:], seed, alg="philox") for seed in tf.unstack(seeds)]
+        images += number(_NOISE, 0, augmentation.noise) * tf.stack(noise)
+    return tf.clip_by_value(images, -1, 1)
+
+
+def augment_sample(image, mask, *, num_classes, output_size, seed, augmentation=Augmentation()):
     """`augment_batch` of a single sample.
 
     Args:
         image: float32 `[H, W, C]` from `prepare_image`, values -1..1.
         mask: uint8 class indices `[H, W]` from `prepare_mask`.
-        num_classes, output_size: as `augment_batch`.
+        num_classes, output_size, augmentation: as `augment_batch`.
         seed: two integers; equal seeds give equal samples.
 
     Returns:
@@ -197,10 +334,9 @@ def augment_sample(image, mask, *, num_classes, output_size, seed):
     >>> image.shape, mask.shape, mask.dtype
     (TensorShape([64, 64, 1]), TensorShape([48, 48]), tf.uint8)
     """
-    draws = augmentation_draws(seed)
-    images, masks = augment_batch(
-        image[None], mask[None], draws[None], num_classes=num_classes, output_size=output_size
-    )
+    draws = augmentation.draws(seed)[None]
+    options = {"num_classes": num_classes, "output_size": output_size, "augmentation": augmentation}
+    images, masks = augment_batch(image[None], mask[None], draws, **options)
     return images[0], masks[0]
 
 

@@ -20,12 +20,25 @@ class DatasetSpec:
         value_range: `(low, high)` pixel values that become -1 and 1: the type's range for uint8 and uint16, the data
             set's own for float32. A trained model keeps the range that it was trained with.
         mask_values: what the masks hold for each class, such as (0, 128, 255); None without masks.
+        ignore_value: what the files hold where no class is known, or None. It is no class: `Dataset.masks` have
+            `num_classes` there.
     """
 
     layout: str
     num_classes: int | None
     value_range: tuple[float, float]
     mask_values: tuple[int, ...] | None
+    ignore_value: int | None = None
+
+    @property
+    def ignore_index(self):
+        """What `Dataset.masks` hold in pixels to leave out; None if there are none."""
+        return None if self.ignore_value is None else self.num_classes
+
+    @property
+    def num_labels(self):
+        """How many values `Dataset.masks` may hold: the classes, and one more for pixels to leave out."""
+        return self.num_classes + (self.ignore_value is not None)
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Dataset:
 
     Attributes:
         images: uint8, uint16 or float32 `[N, H, W, C]`: a numpy array, or `Pages` that are read when they are indexed.
-        masks: uint8 class indices `[N, H, W]`, likewise, or None.
+        masks: uint8 class indices `[N, H, W]`, likewise, or None. Pixels to leave out are `spec.ignore_index`.
         names: N strings, one an image.
         spec: `DatasetSpec`.
         spacings: N `Spacing`, the size of a pixel of each image.
@@ -57,6 +70,7 @@ class Dataset:
         names=None,
         num_classes=None,
         mask_values=None,
+        ignore_value=None,
         spacings=None,
         files=None,
         layout="arrays",
@@ -72,6 +86,8 @@ class Dataset:
                 class must occur, and the values are counted.
             mask_values: K values in ascending order, one a class, when a model prescribes them; for (0, 1) and (0, 255)
                 the other is taken, too.
+            ignore_value: what masks hold in pixels to leave out, which is then no class; None for nothing. It must occur,
+                unless a model prescribes the classes.
             spacings: N `Spacing`; 1 pixel if None.
             files: N numbers, equal for images of one file; if None, each image stands for itself.
             layout: recorded in `spec`.
@@ -116,10 +132,10 @@ class Dataset:
                     f"expected masks of the images' shape {list(images.shape[:3])}, got {list(masks.shape)}; give a "
                     "mask [H, W] an image"
                 )
-            masks, mask_values = _class_indices(masks, names, num_classes, mask_values)
+            masks, mask_values = _class_indices(masks, names, num_classes, mask_values, ignore_value)
         else:
-            mask_values = None
-        spec = DatasetSpec(layout, mask_values and len(mask_values), _value_range(images), mask_values)
+            mask_values = ignore_value = None
+        spec = DatasetSpec(layout, mask_values and len(mask_values), _value_range(images), mask_values, ignore_value)
         spacings, files = tuple(spacings or [Spacing()] * count), tuple(range(count) if files is None else files)
         return cls(images, masks, names, spec, spacings, files)
 
@@ -152,7 +168,7 @@ def _value_range(images):
     return low, high
 
 
-def _class_indices(masks, names, num_classes, mask_values):
+def _class_indices(masks, names, num_classes, mask_values, ignore_value):
     """Masks of uint8 class indices, and the value that stands for each class."""
     if num_classes is not None and not 2 <= num_classes <= 256:
         raise UserError(f"expected 2 to 256 classes, got {num_classes}")
@@ -164,6 +180,16 @@ def _class_indices(masks, names, num_classes, mask_values):
     for mask in masks:
         present |= np.bincount(mask.ravel(), minlength=2**16) > 0
     found = tuple(np.flatnonzero(present).tolist())
+    if ignore_value is not None:
+        if ignore_value not in found and mask_values is None:
+            listed = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
+            raise UserError(
+                f"expected masks with pixels to ignore, of value {ignore_value}, found none; they hold {listed}, give "
+                "one of those, or ignore nothing"
+            )
+        found = tuple(value for value in found if value != ignore_value)
+        if not found:
+            raise UserError(f"every pixel of the masks is to be ignored ({ignore_value}); label some")
     stored, expected = _stored_values(found, num_classes, mask_values)
     foreign = sorted(set(found) - set(stored))
     if foreign:
@@ -175,6 +201,10 @@ def _class_indices(masks, names, num_classes, mask_values):
         )
     table = np.zeros(2**16, np.uint8)
     table[list(stored)] = range(len(stored))
+    if ignore_value is not None:
+        if len(stored) == 256:
+            raise UserError("expected at most 255 classes beside the value to ignore, got 256; merge some")
+        table[ignore_value] = len(stored)
     masks = masks.with_table(table) if isinstance(masks, Pages) else table[masks]
     return masks, tuple(mask_values) if mask_values else stored
 

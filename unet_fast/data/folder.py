@@ -20,7 +20,7 @@ _LAYOUTS = (
 )
 
 
-def load_dataset(path, *, num_classes=None, mask_values=None):
+def load_dataset(path, *, num_classes=None, mask_values=None, ignore_value=None):
     """Load a data folder: into memory up to 2 GiB; a larger one stays in its files, which are read as they are used.
 
     Two layouts are known. ISBI-2012's: `train-volume.tif` and `train-labels.tif`, multi-page TIFFs (`test-volume.tif`,
@@ -34,6 +34,7 @@ def load_dataset(path, *, num_classes=None, mask_values=None):
         path: data folder, or `"synthetic"` for `generate()`'s 30 sections (`"./synthetic"` is a folder of that name).
         num_classes, mask_values: classes, or what stands for them, when a model prescribes them; otherwise counted in
             the masks, see `Dataset.from_arrays`.
+        ignore_value: what masks hold in pixels to leave out, or None, see there.
 
     Returns:
         Dataset. Names are the files' stems, with the page's number where a file holds several.
@@ -50,7 +51,7 @@ def load_dataset(path, *, num_classes=None, mask_values=None):
     >>> data.images.shape, data.masks.shape, data.names[0], data.spec.layout
     ((30, 512, 512, 1), (30, 512, 512), 'section_000', 'synthetic')
     """
-    classes = {"num_classes": num_classes, "mask_values": mask_values}
+    classes = {"num_classes": num_classes, "mask_values": mask_values, "ignore_value": ignore_value}
     if str(path) == "synthetic":
         images, masks = generate()
         names = [f"section_{i:03d}" for i in range(len(images))]

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from unet_fast.data.augment import augment_batch, augmentation_draws, center_crop, prepare_image, prepare_mask
+from unet_fast.data.augment import Augmentation, augment_batch, center_crop, prepare_image, prepare_mask
 from unet_fast.data.stack import Pages
 from unet_fast.errors import UserError
 
@@ -32,13 +32,15 @@ class TrainingBatches:
         input_size, output_size: pixels of the network's input and output, an int or `(height, width)`.
         batch_size: samples a batch.
         seed: integer of the shuffling and the augmentation.
-        augment: whether to augment; shuffled in any case.
+        augment: whether to augment, or an `Augmentation` that says how; shuffled in any case.
+        sample_weights: N weights of the data set's samples, or None.
 
     Attributes:
         batch_size: as given.
-        prepare: tf.function of a raw batch `(images [B, H, W, C], masks [B, H, W], draws [B, 7])`; returns `(x, y)`:
-            float32 `[B, *input_size, C]` in [-1, 1], and uint8 class indices `[B, *output_size]`. Compiled by XLA, as
-            an own program or as part of the one that calls it.
+        prepare: tf.function of a raw batch `(images [B, H, W, C], masks [B, H, W], draws [B, D])`; returns `(x, y)`:
+            float32 `[B, *input_size, C]` in [-1, 1], and uint8 class indices `[B, *output_size]`; and with
+            `sample_weights` their float32 `[B]` as a third. Compiled by XLA, as an own program or as part of the one
+            that calls it.
 
     Raises:
         UserError: the data set has no masks; no or impossible indices; an output larger than the input; a batch below
@@ -59,18 +61,32 @@ class TrainingBatches:
     1
     """
 
-    def __init__(self, dataset, indices, *, input_size, output_size, batch_size, seed, augment=True):
+    def __init__(
+        self,
+        dataset,
+        indices,
+        *,
+        input_size,
+        output_size,
+        batch_size,
+        seed,
+        augment=True,
+        sample_weights=None,
+    ):
         self._samples = samples = _Samples(dataset, indices, input_size, output_size, batch_size)
         self.batch_size, self._seed = batch_size, seed
+        self._augmentation = augmentation = Augmentation(basic=augment) if isinstance(augment, bool) else augment
+        self._weights = None if sample_weights is None else np.asarray(sample_weights, np.float32)[samples.indices]
 
         @tf.function(jit_compile=True, autograph=False)
         def prepare(images, masks, draws):
             images, masks = samples.image(images), samples.mask(masks)
-            if not augment:
-                return images, center_crop(masks, samples.output_size)
-            return augment_batch(
-                images, masks, draws, num_classes=dataset.spec.num_classes, output_size=samples.output_size
-            )
+            if augmentation == Augmentation(basic=False):
+                masks = center_crop(masks, samples.output_size)
+            else:
+                options = {"num_classes": dataset.spec.num_labels, "output_size": samples.output_size}
+                images, masks = augment_batch(images, masks, draws, augmentation=augmentation, **options)
+            return (images, masks) if self._weights is None else (images, masks, draws[:, augmentation.num_draws])
 
         self.prepare = prepare
 
@@ -79,7 +95,8 @@ class TrainingBatches:
 
         Returns:
             tf.data.Dataset of `(images, masks, draws)`: images `[B, H, W, C]` and uint8 masks `[B, H, W]` as in the data
-            set, and float32 `[B, 7]`, the random numbers of their augmentation.
+            set, and float32 `[B, D]`, the random numbers of their augmentation, 7 by default, and last their weights,
+            if there are any.
 
         Raises:
             UserError: a negative step.
@@ -99,7 +116,7 @@ class TrainingBatches:
             device: "GPU:0" or "CPU:0", where the blocks shall be.
 
         Yields:
-            `(images [M, H, W, C], masks [M, H, W], rows [S, B], draws [S, B, 7])`: a block of S steps. Step `i` takes the
+            `(images [M, H, W, C], masks [M, H, W], rows [S, B], draws [S, B, D])`: a block of S steps. Step `i` takes the
             samples `rows[i]`, int64, of `images` and `masks`, and `draws[i]`.
 
         Raises:
@@ -124,7 +141,7 @@ class TrainingBatches:
         return iter(_on_device(stream.map(load, num_parallel_calls=2, deterministic=True), device))
 
     def _plan(self, start_step):
-        """Endless samples from batch number `start_step` on: `(position in the indices, random numbers [7])`."""
+        """Endless samples from batch number `start_step` on: `(position in the indices, random numbers [D])`."""
         if start_step < 0:
             raise UserError(f"expected a first step of at least 0, got {start_step}")
         seed, count = self._seed, len(self._samples.indices)
@@ -136,7 +153,10 @@ class TrainingBatches:
             return tf.data.Dataset.from_tensor_slices(order)
 
         def draw(k, position):
-            return position, augmentation_draws(tf.stack([tf.constant(seed, tf.int64), k]))
+            draws = self._augmentation.draws(tf.stack([tf.constant(seed, tf.int64), k]))
+            if self._weights is not None:
+                draws = tf.concat([draws, tf.gather(self._weights, [position])], 0)
+            return position, draws
 
         stream = tf.data.Dataset.range(epoch, tf.int64.max).flat_map(permutation).skip(position)
         stream = stream.enumerate(start=start_step * self.batch_size)
@@ -263,7 +283,7 @@ class _Samples:
         """`prepare_mask` for these sizes."""
         return prepare_mask(
             masks,
-            num_classes=self.dataset.spec.num_classes,
+            num_classes=self.dataset.spec.num_labels,
             input_size=self.input_size,
             output_size=self.output_size,
         )

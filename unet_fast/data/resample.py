@@ -1,6 +1,7 @@
 """Bilinear and nearest resampling of batches, in a form that is exact and quick on every device.
 
-Sampling on a grid of rows and columns is done an axis at a time, as a gather of whole rows and a blend of neighbours.
+Sampling on a grid of rows and columns is done an axis at a time, as a gather of whole rows and a blend of neighbours; at
+positions that differ from pixel to pixel, as a gather of the four pixels around.
 Why not TensorFlow's own: `tf.image.crop_and_resize` does not compile under XLA; `tf.image.resize` does, to a matrix product a
 pixel, which a GPU rounds to TF32's ten bits. Gathers and blends are float32 anywhere, and XLA fuses them with what is
 around them.
@@ -69,6 +70,52 @@ def resample(images, rows, columns, *, nearest=False):
     images = _resample_rows(images, rows, nearest)
     images = _resample_rows(tf.transpose(images, (0, 2, 1, 3)), columns, nearest)
     return tf.transpose(images, (0, 2, 1, 3))
+
+
+def resample_at(images, y, x, *, nearest=False):
+    """Sample a batch at any positions.
+
+    Args:
+        images: tensor `[N, H, W, C]`: float32, or any type with `nearest`.
+        y, x: float64 positions `[N, h, w]`; outside the image its mirror image goes on.
+        nearest: take the nearest pixel; otherwise blend the four around linearly.
+
+    Returns:
+        tensor `[N, h, w, C]` of the images' type.
+
+    >>> import numpy as np
+    >>> from unet_fast.data.resample import resample_at
+    >>> image = np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1)
+    >>> y, x = np.array([[[0.5, 0.0, 1.5]]]), np.array([[[0.25, -1.0, 0.0]]])
+    >>> resample_at(image, y, x).numpy().ravel().tolist()
+    [1.75, 1.0, 1.5]
+    """
+    images = tf.convert_to_tensor(images)
+    height, width, channels = images.shape[1:]
+    pixels = tf.reshape(images, (-1, height * width, channels))
+    y, x = _mirrored(y, height), _mirrored(x, width)
+
+    def at(rows, columns):
+        return tf.gather(pixels, rows * width + columns, axis=1, batch_dims=1)
+
+    if nearest:
+        return at(*(tf.cast(tf.floor(p + 0.5), tf.int32) for p in (y, x)))
+    (top, bottom, down), (left, right, across) = _neighbours(y, height), _neighbours(x, width)
+    above, below = (at(row, left) + (at(row, right) - at(row, left)) * across[..., None] for row in (top, bottom))
+    return above + (below - above) * down[..., None]
+
+
+def _mirrored(positions, size):
+    """Positions folded back into `[0, size - 1]` at the centres of the pixels at the edges, which are not repeated."""
+    last = float(size - 1)
+    return last - tf.abs(tf.math.floormod(tf.convert_to_tensor(positions), 2 * last) - last)
+
+
+def _neighbours(positions, size):
+    """The pixel before each position, the one after it, and how far from the one to the other it is."""
+    low = tf.floor(positions)
+    index = tf.cast(low, tf.int32)
+    return index, tf.minimum(index + 1, size - 1), tf.cast(positions - low, tf.float32)
 
 
 def _resample_rows(images, positions, nearest):
