@@ -295,6 +295,8 @@ def _add_train(parser, one_fold=True):
         metavar="FILE",
         help='JSON object of these options, such as {"steps": 300, "eval_every": 50}; the command line wins over it',
     )
+    if one_fold:
+        _add_workers(parser)
     groups = {}
     for field in dataclasses.fields(TrainConfig):
         about = field.metadata
@@ -313,6 +315,30 @@ def _add_train(parser, one_fold=True):
             kind = numbers if about["kind"] is tuple else about["kind"]
             arguments |= {"type": kind, "metavar": about["metavar"], "choices": about["choices"]}
         groups[about["group"]].add_argument(flag(field), **arguments)
+
+
+def _add_workers(parser):
+    workers = parser.add_argument_group("several machines", "The same command on each; the first host writes RUN.")
+    workers.add_argument(
+        "--hosts",
+        metavar="HOST:PORT,...",
+        default=argparse.SUPPRESS,
+        help="all workers, one a machine; the environment variable TF_CONFIG says the same",
+    )
+    workers.add_argument(
+        "--host-index",
+        metavar="I",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="which of the hosts this one is, from 0 (default: found by its addresses)",
+    )
+    workers.add_argument(
+        "--join-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="how long to wait for the other hosts at the start (default: 60)",
+    )
 
 
 def _add_import(parser):

@@ -7,11 +7,16 @@ TUNED = ("size", "filters", "depth", "padding", "upsampling")  # of TrainConfig:
 
 
 def train(options):
-    from unet_fast import checkpoints, training
+    from unet_fast import checkpoints, distribution, training
 
     given, out = _given(options, "train", "RUN")
+    hosts, index = given.pop("hosts", None), given.pop("host_index", None)
+    join_seconds = given.pop("join_timeout", distribution.JOIN_SECONDS)
+    cluster = distribution.Cluster.of(hosts and hosts.split(","), index, join_seconds=join_seconds)
     config = checkpoints.load_config(out)[0].resumed(given) if options.resume else TrainConfig(**given)
-    scores = training.train(config, out, resume=options.resume)
+    scores = training.train(config, out, resume=options.resume, cluster=cluster)
+    if scores is None:  # the first host has them
+        return
     _print_scores(scores, f"{out}/{checkpoints.MODEL}, of step {scores['step']}, on validation fold {scores['fold']}")
 
 

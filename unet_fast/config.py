@@ -150,7 +150,7 @@ class TrainConfig:
     )
 
     steps: int = _option("training", 6400, "training steps in all", int, metavar="N", rule=_POSITIVE, resumable=True)
-    batch: int = _option("training", 8, "images at a time", int, metavar="N", rule=_POSITIVE)
+    batch: int = _option("training", 8, "images at a time on each GPU", int, metavar="N", rule=_POSITIVE)
     accumulate: int = _option(
         "training",
         1,
@@ -269,6 +269,16 @@ class TrainConfig:
         "fused ops or stock TensorFlow; auto: fused where it is the faster",
         str,
         choices=("auto", "fused", "stock"),
+        resumable=True,
+    )
+
+    gpus: int | None = _option(
+        "engine",
+        None,
+        "train on N GPUs of this machine, or of each of --hosts (default: one, or the CPU where there is none)",
+        int,
+        metavar="N",
+        rule=_POSITIVE,
         resumable=True,
     )
 

@@ -45,6 +45,7 @@ class StepLoop:
 
     def __init__(self, model, optimizer, loss_fn, batches, start_step, accumulate=1):
         device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
+        self._optimizers = [optimizer]
         self._run = _make_run(model, optimizer, loss_fn, batches, accumulate)
         self._blocks = batches.blocks(start_step, device)
         self._block, self._position, self._length = None, 0, 0  # the block at hand, its steps done and in all
@@ -71,9 +72,46 @@ class StepLoop:
         self._position += count
         return losses
 
+    def set_rate_factor(self, factor):
+        """Multiplies the learning rate by a factor from now on; the optimizer is an `AdamL2` with a `Schedule`."""
+        for optimizer in self._optimizers:
+            getattr(optimizer, "inner_optimizer", optimizer).schedule.factor.assign(factor)
+
 
 def _make_run(model, optimizer, loss_fn, batches, accumulate):
     """A tf.function of a block of `TrainingBatches.blocks`, its first step to run and how many: losses float32 [count]."""
+    gradients = loss_and_gradients(model, optimizer, loss_fn, batches, accumulate)
+
+    @tf.function(jit_compile=model.jit_compile, autograph=False)
+    def train_step(*batch):
+        loss, computed = gradients(*batch)
+        optimizer.apply(computed, model.trainable_variables)
+        return loss
+
+    @tf.function(autograph=False)
+    def run(images, masks, rows, draws, first, count):
+        def body(i, losses):
+            return i + 1, losses.write(i, train_step(images, masks, rows[first + i], draws[first + i]))
+
+        losses = tf.TensorArray(tf.float32, count, element_shape=[])
+        losses = tf.while_loop(lambda i, _: i < count, body, (0, losses), parallel_iterations=1)[1]
+        return losses.stack()
+
+    return run
+
+
+def loss_and_gradients(model, optimizer, loss_fn, batches, accumulate=1):
+    """What a step computes before the optimizer has its turn, for a tf.function to trace.
+
+    Args:
+        model, optimizer, loss_fn, batches, accumulate: as `StepLoop`.
+
+    Returns:
+        function of what `TrainingBatches.blocks` has for a step, (images, masks, rows [B], draws [B, D]); it returns the
+        mean loss, a float32 scalar, and the gradients of the scaled loss, one a trainable variable.
+
+    Example: see `StepLoop`.
+    """
 
     # Compiled whatever becomes of the rest: TensorFlow's own kernels for a GPU gather no uint8, and XLA makes
     # a few kernels of what would be a hundred.
@@ -105,19 +143,4 @@ def _make_run(model, optimizer, loss_fn, batches, accumulate):
         loss, *parts = (total / accumulate for total in sums)
         return loss, parts
 
-    @tf.function(jit_compile=model.jit_compile, autograph=False)
-    def train_step(*batch):
-        loss, parts = (gradients if accumulate == 1 else accumulated)(*batch)
-        optimizer.apply(parts, variables)
-        return loss
-
-    @tf.function(autograph=False)
-    def run(images, masks, rows, draws, first, count):
-        def body(i, losses):
-            return i + 1, losses.write(i, train_step(images, masks, rows[first + i], draws[first + i]))
-
-        losses = tf.TensorArray(tf.float32, count, element_shape=[])
-        losses = tf.while_loop(lambda i, _: i < count, body, (0, losses), parallel_iterations=1)[1]
-        return losses.stack()
-
-    return run
+    return gradients if accumulate == 1 else accumulated

@@ -24,13 +24,13 @@ from unet_fast.background import Background
 from unet_fast.data import Augmentation, TrainingBatches
 from unet_fast.data.files import atomic_path
 from unet_fast.data.sample_weights import read_sample_weights
+from unet_fast.distribution import Distribution
 from unet_fast.errors import UserError
 from unet_fast.evaluation import Evaluator, batches_of, load_labelled, record
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
 from unet_fast.models.geometry import nearest_input_sizes
 from unet_fast.schedules import Schedule, reductions, since_best
-from unet_fast.step_loop import StepLoop
 from unet_fast.tensorboard import TensorBoard
 
 _REFERENCE_SIZE = 572  # of the paper's and UNet_Medical's input, which unpadded networks of depth 1 to 5 all take
@@ -67,6 +67,7 @@ class AdamL2(keras.optimizers.Adam):
     def __init__(self, learning_rate=1e-4, l2=5e-4, name="adam_l2", **kwargs):
         super().__init__(learning_rate, name=name, **kwargs)
         self.l2 = l2
+        self.schedule = learning_rate if isinstance(learning_rate, Schedule) else None
 
     def build(self, variables):
         built = self.built
@@ -84,11 +85,11 @@ class AdamL2(keras.optimizers.Adam):
         return {**super().get_config(), "l2": self.l2}
 
 
-def train(config, out, *, resume=False, folds=None, console=None):
+def train(config, out, *, resume=False, folds=None, console=None, devices=None, cluster=None):
     """Train a network into a folder, or go on with it.
 
     Sets the global random seed. A first SIGINT or SIGTERM stops after the steps under way, half a second or so, and
-    saves; a second one does not save.
+    saves; a second one does not save. On several machines the first one alone evaluates and writes files.
 
     Args:
         config: TrainConfig; to go on, the run's own from `TrainConfig.resumed`.
@@ -96,12 +97,15 @@ def train(config, out, *, resume=False, folds=None, console=None):
         resume: go on with the run in `out`: same batches, same dropout, same weights as if it had never stopped.
         folds: those of a new run, as `unet_fast.crossval.folds` gives them; None to draw them as the options say.
         console: rich.console.Console to report to; None for standard output.
+        devices: logical devices to train on in place of `config.gpus`, such as ["CPU:0", "CPU:1"].
+        cluster: `unet_fast.distribution.Cluster` of the workers to train with, all of which call this; or None.
 
     Returns:
-        dict of the best model's scores, as in metrics.json.
+        dict of the best model's scores, as in metrics.json; None to all workers but the first.
 
     Raises:
-        UserError: data, sizes or a folder that do not suit; another process at work there; training that diverged.
+        UserError: data, sizes, devices or a folder that do not suit; another process at work there; training that
+            diverged; `unet_fast.distribution.WorkerLost`, another worker that ended.
         Interrupted: a signal came.
 
     >>> import os, tempfile
@@ -119,38 +123,60 @@ def train(config, out, *, resume=False, folds=None, console=None):
     out = Path(out)
     if resume:
         checkpoints.check_trained_here(out)
-    else:
+    elif cluster is None or cluster.index == 0:
         checkpoints.check_new(out)
+    with Distribution(config.gpus, devices, cluster) as distribution:
+        return _train(config, out, resume, folds, console or rich.console.Console(), distribution)
+
+
+def _train(config, out, resume, folds, console, distribution):
     dataset = load_labelled(config.data, ignore_value=config.ignore_class)
     facts = checkpoints.DataFacts.of(dataset)
     config = _completed(config, facts)
     if folds is None:
         folds = crossval.draw(dataset, num_folds=config.folds, split=config.split, group=config.group)
-    trainer = _Trainer(config, dataset, out, console or rich.console.Console())
-    with checkpoints.locked(out):
-        if not resume:
+    trainer = _Trainer(config, dataset, out, console, distribution)
+    with checkpoints.locked(out) if distribution.is_chief else contextlib.nullcontext():
+        if not resume and distribution.is_chief:
             checkpoints.check_new(out)  # again, now that nobody else can fill it
-        elif checkpoints.load_config(out)[1] != facts:
+        elif resume and checkpoints.load_config(out)[1] != facts:
             raise UserError(f"{config.data}: not the data that {out} was trained on; say with --data where they are")
-        checkpoints.save_config(out, config, facts, __version__)
-        if (out / checkpoints.STATE).exists() or (out / checkpoints.SPLIT).exists():
+        has_folds = resume and ((out / checkpoints.STATE).exists() or (out / checkpoints.SPLIT).exists())
+        if has_folds:  # else new, or killed before anything depended on the folds
             folds = crossval.load_split(out / checkpoints.SPLIT, dataset.names)
-        else:  # new, or killed before anything depended on the folds
-            crossval.save_split(out / checkpoints.SPLIT, folds, dataset.names)
-        weights = _sample_weights(config, out, dataset.names)
-        return trainer.run(*folds[config.fold], resume=resume, sample_weights=weights)
+        training, validation = folds[config.fold]
+        weights = _sample_weights(config, out, dataset.names, resume)
+        options = dataclasses.asdict(dataclasses.replace(config, data="", sample_weights=None))
+        own = [
+            options,
+            resume,
+            str(facts),
+            [*map(int, training)],
+            weights is not None and weights.tolist(),
+            __version__,
+        ]
+        distribution.check_same(own, "options and data")
+        if distribution.is_chief:
+            checkpoints.save_config(out, config, facts, __version__)
+            if not has_folds:
+                crossval.save_split(out / checkpoints.SPLIT, folds, dataset.names)
+            _copy_sample_weights(config, out)
+        return trainer.run(training, validation, resume=resume, sample_weights=weights)
 
 
-def _sample_weights(config, out, names):
+def _sample_weights(config, out, names, resume):
     """The images' weights, or None. A run has its own copy of the file, so that it goes on with the same."""
     if config.sample_weights is None:
         return None
     copy = out / checkpoints.SAMPLE_WEIGHTS
-    weights = read_sample_weights(copy if copy.exists() else config.sample_weights, names)
-    if not copy.exists():
+    return read_sample_weights(copy if resume and copy.exists() else config.sample_weights, names)
+
+
+def _copy_sample_weights(config, out):
+    copy = out / checkpoints.SAMPLE_WEIGHTS
+    if config.sample_weights is not None and not copy.exists():
         with atomic_path(copy, overwrite=True) as temporary:
             temporary.write_bytes(Path(config.sample_weights).read_bytes())
-    return weights
 
 
 def _completed(config, facts):
@@ -183,8 +209,9 @@ def _completed(config, facts):
 class _Trainer:
     """The model, the optimizer and the loop of one call of `train`."""
 
-    def __init__(self, config, dataset, out, console):
+    def __init__(self, config, dataset, out, console, distribution):
         self.config, self.dataset, self.out, self.console = config, dataset, out, console
+        self.distribution = distribution
         keras.utils.set_random_seed(config.seed)
         self.model = FusedUNet(
             (config.size, config.size, dataset.images.shape[3]),
@@ -218,15 +245,16 @@ class _Trainer:
         self.history = []
 
     def run(self, training, validation, *, resume, sample_weights=None):
-        config = self.config
-        if resume:
+        config, distribution = self.config, self.distribution
+        if resume and distribution.is_chief:
             self._restore()
+        self.step = distribution.gather(self.step)[0]
         batches = TrainingBatches(
             self.dataset,
             training,
             input_size=config.size,
             output_size=self.model.output_shape[1:3],
-            batch_size=config.batch * config.accumulate,
+            batch_size=self._step_images,
             seed=config.seed,
             augment=Augmentation(
                 basic=config.augment,
@@ -242,11 +270,11 @@ class _Trainer:
         loss = DiceCrossEntropy(
             class_weights=config.class_weights, ignore_class=spec.ignore_index, backend=config.backend
         )
-        loop = StepLoop(self.model, self.optimizer, loss, batches, self.step, config.accumulate)
+        loop = distribution.loop(self.model, self.optimizer, loss, batches, self.step, config.accumulate)
         evaluated = batches_of(self.scored, self.dataset, validation, config.batch)
         if len(validation) * math.prod(self.scored.input_shape[1:]) * 4 <= _CACHED_BYTES:
             evaluated = evaluated.cache()
-        if config.tensorboard:
+        if config.tensorboard and distribution.is_chief:
             self.tensorboard = TensorBoard(self.out / checkpoints.TENSORBOARD)
         evaluator = Evaluator(self.scored, evaluated, spec.ignore_index)
         ops = "fused" if self.model.uses_fused_ops else "stock"
@@ -256,6 +284,7 @@ class _Trainer:
             f"{config.precision}, {ops} ops, XLA {'on' if self.model.jit_compile else 'off'}; "
             f"classes 0 to {spec.num_classes - 1} are {', '.join(map(str, spec.mask_values))} in the masks"
             + ("" if spec.ignore_value is None else f", {spec.ignore_value} is ignored")
+            + (f"; {distribution}" if distribution.replicas > 1 else "")
         )
         shared, files = crossval.shared_files(self.dataset, (training, validation))
         if shared and files > 1:
@@ -265,12 +294,17 @@ class _Trainer:
             )
         with _signals() as caught, self._bar() as show, Background() as background:
             self._loop(loop, evaluator, background, caught, show)
-        return self._finish(validation)
+        return self._finish(validation) if distribution.is_chief else None
+
+    @property
+    def _step_images(self):
+        return self.config.batch * self.config.accumulate * self.distribution.replicas
 
     def _loop(self, loop, evaluator, background, caught, show):
         config = self.config
         begin = time.monotonic() - self.seconds
         timed = None  # (time, step) from which on the speed is taken
+        self._reduce_on_plateau(loop)
         while self.step < config.steps and not self._is_stalled():
             due = min((self.step // config.eval_every + 1) * config.eval_every, config.steps)
             losses = loop.advance(due - self.step)
@@ -281,32 +315,37 @@ class _Trainer:
             now = time.monotonic()
             timed = timed or (now, self.step)  # after the first step, which traces, compiles and tunes
             steps = self.step - timed[1]
-            speed = steps * config.batch * config.accumulate / (now - timed[0]) if steps else None
+            speed = steps * self._step_images / (now - timed[0]) if steps else None
             show(losses[-1], speed)
             results = []
             if self.step == due:
                 self.seconds = now - begin
-                results = self._evaluate(evaluator, speed)
+                results = self._evaluate(evaluator, speed) if self.distribution.is_chief else []
+                self.losses = []
+                self._reduce_on_plateau(loop)
                 timed = time.monotonic(), self.step
-            if self.step == due or caught:
+            stop = self.distribution.any(caught)
+            if (self.step == due or stop) and self.distribution.is_chief:
                 self.seconds = time.monotonic() - begin
                 background.submit(_write, [*results, self._state()])
-            if caught:
+            if stop:
                 background.wait()
                 mend = f"go on with `unet-fast train --out {self.out} --resume`"
-                raise Interrupted(f"stopped at step {self.step} of {config.steps}; {mend}", caught[0])
+                signum = caught[0] if caught else signal.SIGTERM  # which another worker got
+                raise Interrupted(f"stopped at step {self.step} of {config.steps}; {mend}", signum)
 
     def _is_stalled(self):
         scores, patience = [row["val_dice"] for row in self.history], self.config.patience
-        if patience is None or not scores or since_best(scores) < patience:
+        if patience is None or not self.distribution.any(scores and since_best(scores) >= patience):
             return False
         self._say(f"stopped early at step {self.step}: no new best Dice in {patience} evaluations")
         return True
 
-    def _reduce_on_plateau(self):
+    def _reduce_on_plateau(self, loop):
         if self.config.schedule == "plateau":
             times = reductions([row["val_dice"] for row in self.history], self.config.plateau_patience)
-            self.rate.factor.assign(self.config.plateau_factor**times)
+            times = self.distribution.gather(times)[0]  # the chief alone has a history
+            loop.set_rate_factor(self.config.plateau_factor**times)
 
     def _last_rate(self):
         """The learning rate of the last update."""
@@ -362,8 +401,6 @@ class _Trainer:
             "seconds": self.seconds,
         }
         self.history.append(row)
-        self.losses = []
-        self._reduce_on_plateau()
         is_best = checkpoints.best_row(self.history) is row
         self._say(_row_text(row, self.config.steps, is_best))
         files = []
@@ -379,7 +416,8 @@ class _Trainer:
 
     def _state(self):
         """The writing of what to go on from; after all else of its step, which is done again if this is not there."""
-        progress = {"step": self.step, "seconds": self.seconds, "losses": list(self.losses)}
+        replicas = self.distribution.replicas
+        progress = {"step": self.step, "seconds": self.seconds, "losses": list(self.losses), "replicas": replicas}
         state = checkpoints.snapshot(self.model, self.optimizer)
         return checkpoints.save_state, self.out, state, progress
 
@@ -391,10 +429,15 @@ class _Trainer:
         progress = checkpoints.load_state(self.out, self.model, self.optimizer)
         if progress is None:  # killed before the first checkpoint: the seed makes the start the same again
             return
+        replicas = progress.get("replicas", 1)
+        if replicas != self.distribution.replicas:
+            raise UserError(
+                f"{self.out}: was trained by {replicas} replicas, got {self.distribution.replicas}; resume it on as many, "
+                "or start a new run"
+            )
         self.step, self.seconds, self.losses = progress["step"], progress["seconds"], progress["losses"]
         # A kill between an evaluation and its checkpoint leaves a row that will be written again.
         self.history = [row for row in checkpoints.read_history(self.out) if row["step"] <= self.step]
-        self._reduce_on_plateau()
         self._say(f"resumed at step {self.step} of {self.config.steps}")
 
     def _finish(self, validation):
@@ -408,7 +451,8 @@ class _Trainer:
         return record(run, self.dataset, validation)
 
     def _say(self, text):
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self.distribution.is_chief:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def _bar(self):
@@ -421,7 +465,10 @@ class _Trainer:
             rich.progress.TimeRemainingColumn(),
         )
         with rich.progress.Progress(
-            *columns, console=self.console, disable=not self.console.is_terminal, transient=True
+            *columns,
+            console=self.console,
+            disable=not (self.console.is_terminal and self.distribution.is_chief),
+            transient=True,
         ) as progress:
             task = progress.add_task("", total=self.config.steps, completed=self.step, loss="-", speed="")
 

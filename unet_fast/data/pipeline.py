@@ -105,7 +105,7 @@ class TrainingBatches:
         stream = stream.map(self._load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         return _finish(_endless(stream))
 
-    def blocks(self, start_step, device):
+    def blocks(self, start_step, device, part=(0, 1)):
         """The batches from number `start_step` on for a loop that runs many steps at a time, in blocks of equal size.
 
         A training set of up to `RESIDENT_BYTES` is put on the device, and a block is a plan of steps. Of a larger one a
@@ -113,22 +113,24 @@ class TrainingBatches:
 
         Args:
             start_step: number of the first batch, at least 0.
-            device: "GPU:0" or "CPU:0", where the blocks shall be.
+            device: such as "GPU:0" or "CPU:0", where the blocks shall be.
+            part: `(r, R)` for the r-th of R equal parts of each batch, from 0; R divides the batch.
 
         Yields:
-            `(images [M, H, W, C], masks [M, H, W], rows [S, B], draws [S, B, D])`: a block of S steps. Step `i` takes the
-            samples `rows[i]`, int64, of `images` and `masks`, and `draws[i]`.
+            `(images [M, H, W, C], masks [M, H, W], rows [S, B / R], draws [S, B / R, D])`: a block of S steps. Step `i`
+            takes the samples `rows[i]`, int64, of `images` and `masks`, and `draws[i]`.
 
         Raises:
             UserError: a negative step.
         """
-        samples, size = self._samples, self.batch_size
+        samples, size = self._samples, self.batch_size // part[1]
         dataset = samples.dataset
         sample_bytes = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in (dataset.images, dataset.masks))
         if sample_bytes * len(samples.indices) <= RESIDENT_BYTES:
             with tf.device(device):
                 resident = [tf.constant(a[samples.indices]) for a in (dataset.images, dataset.masks)]
-            stream = self._plan(start_step).batch(size, drop_remainder=True).batch(_BLOCK_STEPS, drop_remainder=True)
+            stream = self._plan(start_step, part).batch(size, drop_remainder=True)
+            stream = stream.batch(_BLOCK_STEPS, drop_remainder=True)
             return ((*resident, *block) for block in _on_device(stream, device))
         steps = min(max(_BLOCK_BYTES // (sample_bytes * size), 1), _BLOCK_STEPS)
         rows = tf.reshape(tf.range(steps * size, dtype=tf.int64), (steps, size))
@@ -137,11 +139,14 @@ class TrainingBatches:
             images, masks, draws = self._load(position, draws)
             return images, masks, rows, tf.reshape(draws, (steps, size, -1))
 
-        stream = self._plan(start_step).batch(steps * size, drop_remainder=True)
+        stream = self._plan(start_step, part).batch(steps * size, drop_remainder=True)
         return iter(_on_device(stream.map(load, num_parallel_calls=2, deterministic=True), device))
 
-    def _plan(self, start_step):
-        """Endless samples from batch number `start_step` on: `(position in the indices, random numbers [D])`."""
+    def _plan(self, start_step, part=(0, 1)):
+        """Endless samples from batch number `start_step` on: `(position in the indices, random numbers [D])`.
+
+        Of a part of each batch, the samples of the others are passed over before any numbers are drawn for them.
+        """
         if start_step < 0:
             raise UserError(f"expected a first step of at least 0, got {start_step}")
         seed, count = self._seed, len(self._samples.indices)
@@ -160,6 +165,9 @@ class TrainingBatches:
 
         stream = tf.data.Dataset.range(epoch, tf.int64.max).flat_map(permutation).skip(position)
         stream = stream.enumerate(start=start_step * self.batch_size)
+        number, parts = part
+        if parts > 1:
+            stream = stream.batch(self.batch_size // parts, drop_remainder=True).shard(parts, number).unbatch()
         return stream.map(draw, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
     def _load(self, positions, draws):
@@ -306,6 +314,10 @@ def _finish(stream):
 
 def _on_device(stream, device):
     """The stream's elements on a device, the next ones copied while one is used."""
-    if device.startswith("CPU"):
+    options = tf.data.Options()
+    # An iterator that tunes itself has a thread, for whose end its own sometimes waits a minute.
+    options.autotune.enabled = False
+    stream = stream.with_options(options)
+    if "CPU" in device:
         return stream.prefetch(1)
     return stream.apply(tf.data.experimental.prefetch_to_device(device, buffer_size=2))
