@@ -40,7 +40,7 @@ def main(argv=None):
     """
     try:
         options = _parser().parse_args(argv)
-        _prepare_tensorflow()
+        _prepare_tensorflow("3" if getattr(options, "hosts", None) or os.environ.get("TF_CONFIG") else "2")
         return options.command(options) or 0
     except UserError as error:
         return _fail(error)
@@ -67,12 +67,17 @@ def _fail(message):
     return 2
 
 
-def _prepare_tensorflow():
-    """Imports TensorFlow without its start-up messages, unless the user has set how much of them to see."""
+def _prepare_tensorflow(level):
+    """Imports TensorFlow without its start-up messages, unless the user has set how much of them to see.
+
+    Args:
+        level: what is left out after that, up to warnings ("2") or up to errors ("3"). On the loss of a worker all others
+            tell of it and of all that it stops, which we say in one line.
+    """
     os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other programs run on
     if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         return
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # which counts only from somewhere within the import on
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = level  # which counts only from somewhere within the import on
     with _stderr_held_back():
         import tensorflow as tf
 

@@ -303,7 +303,7 @@ class _Trainer:
     def _loop(self, loop, evaluator, background, caught, show):
         config = self.config
         begin = time.monotonic() - self.seconds
-        timed = None  # (time, step) from which on the speed is taken
+        timed, saved = None, self.step  # (time, step) from which on the speed is taken; the last step that was saved
         self._reduce_on_plateau(loop)
         while self.step < config.steps and not self._is_stalled():
             due = min((self.step // config.eval_every + 1) * config.eval_every, config.steps)
@@ -317,18 +317,21 @@ class _Trainer:
             steps = self.step - timed[1]
             speed = steps * self._step_images / (now - timed[0]) if steps else None
             show(losses[-1], speed)
-            results = []
+            results, is_chief = [], self.distribution.is_chief
             if self.step == due:
                 self.seconds = now - begin
-                results = self._evaluate(evaluator, speed) if self.distribution.is_chief else []
+                results = self._evaluate(evaluator, speed) if is_chief else []
                 self.losses = []
-                self._reduce_on_plateau(loop)
                 timed = time.monotonic(), self.step
-            stop = self.distribution.any(caught)
-            if (self.step == due or stop) and self.distribution.is_chief:
+            if is_chief and (self.step == due or caught):  # before anything that a lost worker would end
                 self.seconds = time.monotonic() - begin
                 background.submit(_write, [*results, self._state()])
-            if stop:
+                saved = self.step
+            if self.step == due:
+                self._reduce_on_plateau(loop)
+            if self.distribution.any(caught):
+                if is_chief and saved < self.step:  # another worker caught the signal
+                    background.submit(_write, [self._state()])
                 background.wait()
                 mend = f"go on with `unet-fast train --out {self.out} --resume`"
                 signum = caught[0] if caught else signal.SIGTERM  # which another worker got
@@ -366,11 +369,11 @@ class _Trainer:
             raise self._diverged(f"the loss scale fell to {self._loss_scale:g}, no step has finite gradients any more")
 
     def _diverged(self, what):
-        best = (
-            f"{checkpoints.MODEL} is that of step {checkpoints.best_row(self.history)['step']}"
-            if self.history
-            else "no model was saved"
-        )
+        best = "no model was saved"
+        if self.history:
+            best = f"{checkpoints.MODEL} is that of step {checkpoints.best_row(self.history)['step']}"
+        elif not self.distribution.is_chief:
+            best = "the first host has said which model it kept"
         return UserError(
             f"training diverged by step {self.step}: {what}; {best}; try a smaller --lr"
             + ("" if self.config.precision == "float32" else ", or --precision float32")
