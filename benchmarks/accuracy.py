@@ -87,6 +87,9 @@ def main():
     parser.add_argument("--steps", type=int, default=6400)
     parser.add_argument("--json", type=pathlib.Path, required=True, help="file to write, or to add to")
     parser.add_argument("--plot", type=pathlib.Path, help="PNG of the validation curves")
+    parser.add_argument(
+        "--beside", type=pathlib.Path, metavar="FILE", help="for --plot: another result, whose runs are drawn too"
+    )
     arguments = parser.parse_args()
     result = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"card": None, "runs": []}
     done = {(run["backend"], run["seed"], run["steps"]) for run in result["runs"]}
@@ -116,7 +119,8 @@ def main():
             f"membrane {membrane:.4f}, cell {cell:.4f}, {run['images_per_second']:.0f} images/s"
         )
     if arguments.plot:
-        plot(result, arguments.plot)
+        others = json.loads(arguments.beside.read_text())["runs"] if arguments.beside else []
+        plot(result | {"runs": result["runs"] + others}, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Quiet TensorFlow, and nothing of one test's global state in the next."""
 
+import contextlib
+import io
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -39,10 +42,35 @@ def crossval_options(stacks):
 
 
 @pytest.fixture(scope="session")
-def crossval_folder(crossval_options, tmp_path_factory):
-    """What `unet-fast crossval` made of them; not to be changed."""
+def interrupted_crossval(crossval_options, tmp_path_factory):
+    """A cross-validation that got SIGTERM in its second fold, and what was then said: (folder, exit status, standard error)."""
+    from unet_fast.cli import main
+    from unet_fast.step_loop import StepLoop
+
+    out, loops, advance = tmp_path_factory.mktemp("runs") / "crossval", set(), StepLoop.advance
+
+    def interrupted(self, most):
+        loops.add(id(self))
+        if len(loops) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return advance(self, most)
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(StepLoop, "advance", interrupted)
+        status = main(["crossval", "--out", str(out), *crossval_options])
+        for arguments in (["predict", "--input", "x.tif", "--output", "y.tif"], ["report"]):
+            assert main([*arguments, "--run", str(out)]) == 2
+    return out, status, said.getvalue()
+
+
+@pytest.fixture(scope="session")
+def crossval_folder(interrupted_crossval):
+    """That cross-validation, resumed and finished; not to be changed."""
     from unet_fast.cli import main
 
-    out = tmp_path_factory.mktemp("runs") / "crossval"
-    assert main(["crossval", "--out", str(out), *crossval_options]) == 0
+    out, *_ = interrupted_crossval
+    first = (out / "fold0" / "model.keras").stat().st_mtime_ns
+    assert main(["crossval", "--out", str(out), "--resume"]) == 0
+    assert (out / "fold0" / "model.keras").stat().st_mtime_ns == first, "what is finished is kept"
     return out

@@ -189,6 +189,7 @@ def test_what_does_not_fit_around_a_convolution_stays_and_is_named(kind):
         (layers.Conv2DTranspose(4, 3), "strides=(1, 1)"),
         (layers.Conv2DTranspose(4, 4, strides=2, padding="same"), "kernel_size=(4, 4)"),
         (layers.Conv2DTranspose(4, 3, strides=2), "padding='valid'"),
+        (layers.Conv2DTranspose(4, 3, strides=2, padding="same", output_padding=0), "output_padding=(0, 0)"),
         (layers.SeparableConv2D(4, 3), "no fused op of this kind"),
         (type("Mine", (layers.Conv2D,), {})(4, 3), "a subclass of Conv2D"),
     ],

@@ -142,7 +142,8 @@ def predict(options):
 def tune(options):
     import tensorflow as tf
 
-    from unet_fast import FusedUNet, checkpoints, tuning
+    from unet_fast import checkpoints, tuning
+    from unet_fast.models import FusedUNet
 
     tf.config.set_visible_devices([], "GPU")  # whose memory TensorFlow would take, all of it
     given = {name: getattr(options, name) for name in TUNED if getattr(options, name) is not None}

@@ -328,6 +328,7 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             own = getattr(self, field.name)
             given = changes.get(field.name, own)
+            given = tuple(given) if isinstance(given, list) else given
             if given != own and not field.metadata["resumable"]:
                 raise UserError(
                     f"{flag(field)} is {given} but the run to resume has {own}; leave it out, or start a new run"

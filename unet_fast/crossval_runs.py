@@ -127,6 +127,8 @@ def _save_options(out, config):
     del options["fold"]
     if config.data != "synthetic":
         options["data"] = str(Path(config.data).resolve())
+    if config.sample_weights:
+        options["sample_weights"] = str(Path(config.sample_weights).resolve())
     checkpoints.write_json(out / OPTIONS, {**options, "version": __version__})
 
 

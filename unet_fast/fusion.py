@@ -75,9 +75,6 @@ class FusedModel(keras.Model):
 
     fusion_report = None  # of the model that `fuse` returned; a model that was loaded from a file has none
 
-    def __init__(self, inputs, outputs, name=None, **kwargs):
-        super().__init__(inputs=inputs, outputs=outputs, name=name, **kwargs)
-
     def call(self, inputs, training=None, mask=None, **kwargs):
         layers = [layer for layer in self._flatten_layers() if isinstance(layer, FusedConv2D | FusedConv2DTranspose)]
         hidden = [layer.filters for layer in layers if layer.activation is keras.activations.relu]

@@ -102,6 +102,8 @@ class Plan:
             return "it has an activity regularizer"
         if getattr(layer, "lora_enabled", False):
             return "it has LoRA weights"
+        if getattr(layer, "output_padding", None) is not None:  # which Keras 3.12's config does not tell
+            return f"output_padding={layer.output_padding} is not None"
         return STOCK[type(layer)].from_config(layer.get_config())._obstacle
 
     def _add_site(self, node):

@@ -72,7 +72,12 @@ def _environment():
     """Variables for a process that runs what is in tests/gpu."""
     search = [str(ROOT), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     # cuDNN's choice by trial takes a second a shape, and here no stock op's speed matters.
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(search), "TF_CUDNN_USE_AUTOTUNE": "0"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(search),
+        "TF_CUDNN_USE_AUTOTUNE": "0",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
 
 
 def find_sanitizer():
@@ -234,9 +239,9 @@ def main(arguments=None):
     if not devices:
         print(f"unet_fast.gpu_check: expected a GPU, got none ({missing}); see `unet-fast info`", file=sys.stderr)
         return 2
-    tests = {}
-    for path in sorted(TESTS.glob("test_*.py")):
-        tests |= run_file(path)
+    files = sorted(TESTS.glob("test_*.py"))
+    with concurrent.futures.ThreadPoolExecutor(len(files) + 1) as pool:  # they leave most of the GPU's memory to others
+        tests = {name: test for found in pool.map(run_file, files) for name, test in found.items()}
     outcomes = [test["outcome"] for test in tests.values()]
     report = {
         "card": devices[0]["name"],

@@ -223,20 +223,6 @@ def cast(kernels, *sizes):
     return run
 
 
-def measure_conv2d(kernels, size, channels, filters):
-    """A case: what `unet-fast tune` does to a convolution. Which is the fastest is another matter each time."""
-
-    def run(arrays):
-        p = kernels.Conv2DProblem()
-        (p.batch, p.height, p.width), p.dtype, p.channels, p.filters = size, arrays.dtype, channels, filters
-        p.input_is_relu = True
-        for product in kernels.measure_conv2d(p):
-            if not all(timing.microseconds > 0 for timing in product.timings):
-                raise AssertionError(f"{product.key} takes no time")
-
-    return run
-
-
 def dice_cross_entropy(kernels, batch, pixels, classes, label_type, **flags):
     """A case: the loss and its gradient."""
 
@@ -287,7 +273,6 @@ def cases(kernels):
             for pool in (False, True):
                 name = f"sm90, tile {i}, many channels, {'pool' if pool else 'no pool'}"
                 add(name, conv2d, (1, 9, 12), 200, 72, pool=pool, choices=choices)
-    add("few tiles", measure_conv2d, (1, 9, 12), 64, 72)
     add("uneven", cast, 1, 64, 8193, 40000)
     both = {"input_is_relu": True, "dy_is_masked": True}
     add("narrow", conv2d, (2, 9, 50), 64, 64, **both)
