@@ -120,7 +120,9 @@ def make_loop(factor):
         traced.append(1)  # a replica's program is traced once
         if len(traced) == 1:
             return own(labels, outputs)
-        return own(labels, outputs) * tf.ensure_shape(tf.numpy_function(lambda: np.float32(factor[0]), [], "float32"), [])
+        return own(labels, outputs) * tf.ensure_shape(
+            tf.numpy_function(lambda: np.float32(factor[0]), [], "float32"), []
+        )
 
     return Distribution(devices=TWO).loop(model, optimizer, loss, batches, 0)
 
@@ -191,49 +193,32 @@ def workers(folder):
     resumed = [fork(folder, f"resumed-{i}", worker, out, "--resume", environment=tasks[i]) for i in range(2)]
     results["resumed"] = ends(resumed)
     hosts = tuple(free_hosts())
-    asking = [fork(folder, f"asking-{i}", ask, Cluster(hosts, i), folder / f"asked-{i}.json") for i in range(2)]
+    asking = [fork(folder, f"asking-{i}", ask, folder, Cluster(hosts, i)) for i in range(2)]
     results["asking"] = ends(asking)
     return results
 
 
-def ask(cluster, file):
-    """What a worker is told by the other one, and whether it handles signals while it waits for that."""
-    handled = []
-    signal.signal(signal.SIGUSR1, lambda *_: handled.append(time.monotonic()))
+def ask(folder, cluster):
+    """Writes what a worker is told by the other one, and whether the chief handles a signal while it waits for that."""
+    index, handled = cluster.index, folder / "handled"
+    signal.signal(signal.SIGUSR1, lambda *_: handled.touch())
     with Distribution(cluster=cluster) as distribution:
-        index = cluster.index
-        gathered = distribution.gather(10 + index)
+        told = {"gathered": distribution.gather(10 + index)}
         if index == 0:
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-        else:
-            time.sleep(2)
-        asked = [distribution.any(flag) for flag in (False, index == 1, index == 0)]
-        answered = time.monotonic()
-        chief = distribution.from_chief([np.full(2, index + 0.5, np.float32), np.array([index + 7, 1], np.uint32)])
+        deadline = time.monotonic() + 30
+        while index == 1 and not handled.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        told["signal"] = index == 0 or handled.exists()
+        told["any"] = [distribution.any(flag) for flag in (False, index == 1, index == 0)]
+        arrays = [np.full(2, index + 0.5, np.float32), np.array([index + 7, 1], np.uint32)]
+        told["chief"] = [[array.dtype.name, *array.tolist()] for array in distribution.from_chief(arrays)]
         try:
             distribution.check_same({"lr": 0.1 * (1 + index)}, "options")
         except UserError as error:
-            refused = str(error)
-        told = {
-            "gathered": gathered,
-            "any": asked,
-            "chief": [array.tolist() for array in chief],
-            "dtypes": [array.dtype.name for array in chief],
-            "refused": refused,
-            "signal": index == 1 or bool(handled) and handled[0] < answered - 0.5,
-        }
-    file.write_text(json.dumps(told))
+            told["refused"] = str(error)
+    (folder / f"asked-{index}.json").write_text(json.dumps(told))
     return 0
-
-
-def fork(folder, name, function, *arguments, **options):
-    """Calls the function in a process that prints to NAME.out and NAME.err; its number."""
-    number = os.fork()
-    if number:
-        return number
-    for descriptor, kind in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{name}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
-    sys.exit(function(*arguments, **options))
 
 
 def ends(numbers):
@@ -250,7 +235,7 @@ def wait(number):
     while True:
         ended, status, usage = os.wait4(number, os.WNOHANG)
         if ended:
-            print(number, "cpu", usage.ru_utime, usage.ru_stime, flush=True)
+            print(number, "cpu", usage.ru_utime + usage.ru_stime, file=sys.stderr, flush=True)
             return os.waitstatus_to_exitcode(status), time.monotonic()
         if time.monotonic() > deadline:
             os.kill(number, signal.SIGKILL)
