@@ -221,6 +221,16 @@ def ask(folder, cluster):
     return 0
 
 
+def fork(folder, name, function, *arguments, **options):
+    """Calls the function in a process that prints to NAME.out and NAME.err; its number."""
+    number = os.fork()
+    if number:
+        return number
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    sys.exit(function(*arguments, **options))
+
+
 def ends(numbers):
     """How the chief and the other worker end, and how long after the other the chief does."""
     chief, other = numbers
