@@ -194,7 +194,9 @@ def workers(folder):
     results["resumed"] = ends(resumed)
     hosts = tuple(free_hosts())
     asking = [fork(folder, f"asking-{i}", ask, folder, Cluster(hosts, i)) for i in range(2)]
-    results["asking"] = ends(asking)
+    hosts = ["--hosts", ",".join(free_hosts()), "--host-index=1", "--join-timeout=2"]
+    alone = fork(folder, "alone", worker, folder / "alone", *options, *hosts)
+    results["asking"], results["alone"] = ends(asking), wait(alone)[0]
     return results
 
 
@@ -243,9 +245,8 @@ def wait(number):
     """(status, time) of a process's end; it is killed if that takes too long."""
     deadline = time.monotonic() + 240
     while True:
-        ended, status, usage = os.wait4(number, os.WNOHANG)
+        ended, status = os.waitpid(number, os.WNOHANG)
         if ended:
-            print(number, "cpu", usage.ru_utime + usage.ru_stime, file=sys.stderr, flush=True)
             return os.waitstatus_to_exitcode(status), time.monotonic()
         if time.monotonic() > deadline:
             os.kill(number, signal.SIGKILL)
