@@ -13,6 +13,7 @@ from PIL import Image
 from unet_fast import checkpoints, evaluation, step_loop, training
 from unet_fast.config import TrainConfig
 from unet_fast.data import Dataset, generate, pipeline, training_dataset, write_tiff
+from unet_fast.distribution import Distribution
 from unet_fast.errors import UserError
 from unet_fast.losses import DiceCrossEntropy
 from unet_fast.models import FusedUNet
@@ -268,7 +269,9 @@ def test_divergence_stops(data, tmp_path):
 
 def test_a_collapsed_loss_scale_stops(data, tmp_path):
     config = TrainConfig(data=data, precision="mixed_float16", **{**SMALL, "steps": 2})
-    trainer = training._Trainer(config, evaluation.load_labelled(data), tmp_path, training.rich.console.Console())
+    trainer = training._Trainer(
+        config, evaluation.load_labelled(data), tmp_path, training.rich.console.Console(), Distribution()
+    )
     trainer.optimizer.dynamic_scale.assign(0.5)
     with pytest.raises(UserError, match=r"the loss scale fell to 0.5.*--precision float32"):
         trainer.run(np.arange(4), np.arange(4, 6), resume=False)
@@ -277,7 +280,9 @@ def test_a_collapsed_loss_scale_stops(data, tmp_path):
 def test_a_skipped_step_is_survived_and_counted(data, tmp_path):
     """A loss scale so high that the first gradients overflow: steps are left out until it has come down."""
     config = TrainConfig(data=data, precision="mixed_float16", **{**SMALL, "steps": 6, "eval_every": 6})
-    trainer = training._Trainer(config, evaluation.load_labelled(data), tmp_path, training.rich.console.Console())
+    trainer = training._Trainer(
+        config, evaluation.load_labelled(data), tmp_path, training.rich.console.Console(), Distribution()
+    )
     trainer.optimizer.dynamic_scale.assign(2.0**20)
     checkpoints.save_config(tmp_path, trainer.config, checkpoints.DataFacts.of(trainer.dataset), "test")
     trainer.run(np.arange(4), np.arange(4, 6), resume=False)

@@ -13,6 +13,7 @@ from unet_fast.cli import main
 from unet_fast.config import TrainConfig
 from unet_fast.data import Dataset, TrainingBatches, generate, read_png, write_png
 from unet_fast.data.sample_weights import read_sample_weights
+from unet_fast.distribution import Distribution
 from unet_fast.errors import UserError
 from unet_fast.evaluation import Evaluator, image_scores
 from unet_fast.losses import DiceCrossEntropy
@@ -130,7 +131,7 @@ def test_averages_are_the_weights_while_no_step_counts(data):
 
 def test_the_average_is_scored_and_kept(folder, tmp_path):
     config = TrainConfig(data=str(folder), ema=0.9, steps=3, eval_every=3, **SMALL)
-    trainer = training._Trainer(config, evaluation.load_labelled(folder), tmp_path, QUIET)
+    trainer = training._Trainer(config, evaluation.load_labelled(folder), tmp_path, QUIET, Distribution())
     checkpoints.save_config(tmp_path, trainer.config, checkpoints.DataFacts.of(trainer.dataset), "test")
     scores = trainer.run(np.arange(8), np.arange(8, 10), resume=False)
     kept = checkpoints.load_run(tmp_path).model.get_weights()
@@ -212,7 +213,7 @@ def test_class_weights_and_pixels_to_ignore_are_the_loss_s(folder, tmp_path, mon
     )
     monkeypatch.setattr(training._Trainer, "_finish", lambda *args: None)
     dataset = evaluation.load_labelled(folder, ignore_value=100)
-    trainer = training._Trainer(config, dataset, tmp_path, QUIET)
+    trainer = training._Trainer(config, dataset, tmp_path, QUIET, Distribution())
     weights = trainer.model.get_weights()
     trainer.run(np.arange(8), np.arange(8, 10), resume=False)
     sizes = {"input_size": 32, "output_size": 32}
