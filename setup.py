@@ -8,6 +8,7 @@ Environment variables, all optional:
 """
 
 import importlib
+import json
 import os
 import pathlib
 import runpy
@@ -18,6 +19,8 @@ import sys
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# That CMake reads once, when it configures.
+VARIABLES = ("UNET_FAST_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "PATH")
 ROOT = pathlib.Path(__file__).parent.resolve()
 
 
@@ -45,17 +48,22 @@ class CMakeBuild(build_ext):
             str(ROOT),
             "-B",
             str(build),
-            # A build environment is a new folder each time: what CMake found in the last one is gone.
-            "--fresh",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DUNET_FAST_OUTPUT_DIR={target}",
-            f"-DUNET_FAST_FINGERPRINT={fingerprint}",
             f"-DUNET_FAST_CUDA={'OFF' if _switched_off('UNET_FAST_CUDA') else 'ON'}",
         ]
         if ninja := _program("ninja", "BIN_DIR"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        subprocess.run(configure, check=True)
+        # A build environment is a new folder each time, and what CMake found in the last one is gone: with other tools
+        # than last time everything is looked for and compiled again, with the same ones only what has changed.
+        record = build / "configured.json"
+        chosen = json.dumps([configure, {name: os.environ.get(name) for name in VARIABLES}], indent=1)
+        same = record.exists() and record.read_text() == chosen
+        record.unlink(missing_ok=True)
+        fresh = [] if same else ["--fresh"]
+        subprocess.run([*configure, f"-DUNET_FAST_FINGERPRINT={fingerprint}", *fresh], check=True)
+        record.write_text(chosen)
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
 
     def get_source_files(self):

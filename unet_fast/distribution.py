@@ -449,39 +449,39 @@ class _ReplicaLoop(StepLoop):
             each.drop_out_differently()
             each.compile(loss_fn, batches, accumulate, count, block)
         self._optimizers = [each.optimizer for each in self.replicas]
-        self._run = _make_run(strategy, self.replicas)
+        self._step = _make_step(strategy, self.replicas)
         blocks = itertools.chain([first], zip(*streams, strict=True))
         self._blocks = (tuple(itertools.chain(*block)) for block in blocks)
         self._block, self._position, self._length = None, 0, 0
         self._chunk = 1
+
+    def _begin(self, block):
+        self._block, self._position, self._length = block, 0, block[2].shape[0]
+
+    def _launch(self, number):
+        return self._step(*self._block, tf.constant(number))
 
     def advance(self, most):
         self._chunk = self._distribution.gather(self._chunk)[0]  # all workers run equal chunks, of the chief's length
         return self._distribution.interruptibly(super().advance, most)
 
 
-def _make_run(strategy, replicas):
-    """As `step_loop._make_run`, of the blocks of all replicas here one after the other."""
+def _make_step(strategy, replicas):
+    """A tf.function of the blocks of all replicas here, one after the other, and a step's number in them: its loss."""
     here = strategy.experimental_distribute_values_from_function(
         lambda at: replicas[at.replica_id_in_sync_group - replicas[0].number]
     )
 
     @tf.function(autograph=False)
-    def run(*arguments):
-        *blocks, first, count = arguments
+    def step(*arguments):
+        *blocks, number = arguments
 
-        def step(replica, i):
+        def run(replica):
             images, masks, rows, draws = blocks[4 * replica.position : 4 * replica.position + 4]
-            packed = replica.gradients(images, masks, rows[first + i], draws[first + i])
+            packed = replica.gradients(images, masks, rows[number], draws[number])
             packed = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, packed)
             return replica.apply(packed)
 
-        def body(i, losses):
-            loss = strategy.experimental_local_results(strategy.run(step, args=(here, i)))[0]
-            return i + 1, losses.write(i, loss)
+        return strategy.experimental_local_results(strategy.run(run, args=(here,)))[0]
 
-        losses = tf.TensorArray(tf.float32, count, element_shape=[])
-        losses = tf.while_loop(lambda i, _: i < count, body, (0, losses), parallel_iterations=1)[1]
-        return losses.stack()
-
-    return run
+    return step

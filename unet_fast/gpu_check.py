@@ -216,6 +216,12 @@ def parse_arguments(arguments=None):
     return asked
 
 
+def _write(report, sanitized):
+    temporary = REPORT.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**report, "sanitizer": sanitized} if sanitized else report, indent=1) + "\n")
+    os.replace(temporary, REPORT)
+
+
 def main(arguments=None):
     """Run the tests and write the report.
 
@@ -239,37 +245,37 @@ def main(arguments=None):
     if not devices:
         print(f"unet_fast.gpu_check: expected a GPU, got none ({missing}); see `unet-fast info`", file=sys.stderr)
         return 2
-    files = sorted(TESTS.glob("test_*.py"))
-    with concurrent.futures.ThreadPoolExecutor(len(files) + 1) as pool:  # they leave most of the GPU's memory to others
-        tests = {name: test for found in pool.map(run_file, files) for name, test in found.items()}
-    outcomes = [test["outcome"] for test in tests.values()]
-    report = {
-        "card": devices[0]["name"],
-        "compute_capability": devices[0]["compute_capability"],
-        "cuda_driver": _native.cuda_driver_version(),
-        "cuda_build": _native.cuda_version,
-        "cuda_architectures": _native.cuda_architectures,
-        "tensorflow": _native.tensorflow_version,
-        "fingerprint": _native.fingerprint,
-        "fingerprint_of_sources": source_fingerprint(ROOT),
-        "passed": outcomes.count("passed"),
-        "failed": outcomes.count("failed"),
-        "skipped": outcomes.count("skipped"),
-        "tests": tests,
-    }
     sanitizer = find_sanitizer() if asked.sanitize else None
     if asked.sanitize and sanitizer is None:
         print(
             "unet_fast.gpu_check: expected compute-sanitizer in PATH or a CUDA toolkit, found none; set CUDA_HOME",
             file=sys.stderr,
         )
-    sanitized = sanitize(sanitizer, [sys.executable, str(TESTS / "small_pass.py")], asked.sanitize)
-    recorded = merge_sanitizer(previous_sanitizer(REPORT, _native.fingerprint), sanitized)
-    if recorded:
-        report["sanitizer"] = recorded
-    temporary = REPORT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, REPORT)
+    files = sorted(TESTS.glob("test_*.py"))
+    small_pass = [sys.executable, str(TESTS / "small_pass.py"), "--once"]
+    # All at once: each keeps a core busy, and leaves most of the GPU and of its memory to others.
+    with concurrent.futures.ThreadPoolExecutor(len(files) + 1) as pool:
+        sanitizing = pool.submit(sanitize, sanitizer, small_pass, asked.sanitize)
+        tests = {name: test for found in pool.map(run_file, files) for name, test in found.items()}
+        outcomes = [test["outcome"] for test in tests.values()]
+        report = {
+            "card": devices[0]["name"],
+            "compute_capability": devices[0]["compute_capability"],
+            "cuda_driver": _native.cuda_driver_version(),
+            "cuda_build": _native.cuda_version,
+            "cuda_architectures": _native.cuda_architectures,
+            "tensorflow": _native.tensorflow_version,
+            "fingerprint": _native.fingerprint,
+            "fingerprint_of_sources": source_fingerprint(ROOT),
+            "passed": outcomes.count("passed"),
+            "failed": outcomes.count("failed"),
+            "skipped": outcomes.count("skipped"),
+            "tests": tests,
+        }
+        previous = previous_sanitizer(REPORT, _native.fingerprint)
+        _write(report, merge_sanitizer(previous, {}))  # a sanitizer can take minutes more, and be interrupted
+        sanitized = sanitizing.result()
+    _write(report, merge_sanitizer(previous, sanitized))
     print(
         f"{REPORT.relative_to(ROOT)}: {report['passed']} passed, {report['failed']} failed, {report['skipped']} skipped"
     )

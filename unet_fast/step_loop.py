@@ -1,9 +1,10 @@
-"""Training steps, many to a launch.
+"""Training steps, launched one behind the other without waiting for their results.
 
-A step that Python launches costs it a millisecond or so, and reading a loss back waits for the device: at 13 ms a step both
-would be felt. So a chunk of steps is one call of a graph with a loop in it; preparing and augmenting the batch is part of the
-step. Chunks are as long as a person waits without noticing, which leaves the device idle for well below a hundredth of
-the time, between one chunk and the next. What is computed does not depend on where they end.
+Reading a loss back waits for the device and for the launch of the next step, which at 13 ms a step would be felt. So the
+losses of a chunk of steps are read at its end; preparing and augmenting the batch is part of the step, and which batch it
+takes is counted on the device: a launch has the same arguments as the one before, and XLA replays its CUDA graphs as they
+are. Chunks are as long as a person waits without noticing, which leaves the device idle for well below a hundredth of the
+time, between one chunk and the next. What is computed does not depend on where they end.
 """
 
 import time
@@ -46,7 +47,11 @@ class StepLoop:
     def __init__(self, model, optimizer, loss_fn, batches, start_step, accumulate=1):
         device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
         self._optimizers = [optimizer]
-        self._run = _make_run(model, optimizer, loss_fn, batches, accumulate)
+        with tf.device(device):
+            self._number = tf.Variable(
+                0, trainable=False, dtype=tf.int64
+            )  # of the step in its block, counted by the steps
+        self._step = _make_step(model, optimizer, loss_fn, batches, self._number, accumulate)
         self._blocks = batches.blocks(start_step, device)
         self._block, self._position, self._length = None, 0, 0  # the block at hand, its steps done and in all
         self._chunk = 1  # steps; the first traces and compiles
@@ -61,16 +66,23 @@ class StepLoop:
             list of the steps' losses, floats, one a step; not finite where the loss is not.
         """
         if self._position == self._length:
-            self._block = next(self._blocks)
-            self._position, self._length = 0, self._block[2].shape[0]
+            self._begin(next(self._blocks))
         count = min(self._chunk, most, self._length - self._position)
         begin = time.monotonic()
-        losses = self._run(*self._block, tf.constant(self._position), tf.constant(count)).numpy().tolist()
+        losses = tf.stack([self._launch(self._position + i) for i in range(count)]).numpy().tolist()
         fitting = int(count * _CHUNK_SECONDS / (time.monotonic() - begin))
         # A hitch shortens the next chunk at once; from one good measurement it only doubles.
         self._chunk = max(1, min(fitting, max(self._chunk, 2 * count)))
         self._position += count
         return losses
+
+    def _begin(self, block):
+        self._number.assign(0)
+        self._block, self._position, self._length = block, 0, block[2].shape[0]
+
+    def _launch(self, number):
+        """The loss of a step of the block at hand, the one behind that of the last call."""
+        return self._step(*self._block)
 
     def set_rate_factor(self, factor):
         """Multiplies the learning rate by a factor from now on; the optimizer is an `AdamL2` with a `Schedule`."""
@@ -78,26 +90,24 @@ class StepLoop:
             getattr(optimizer, "inner_optimizer", optimizer).schedule.factor.assign(factor)
 
 
-def _make_run(model, optimizer, loss_fn, batches, accumulate):
-    """A tf.function of a block of `TrainingBatches.blocks`, its first step to run and how many: losses float32 [count]."""
+def _make_step(model, optimizer, loss_fn, batches, number, accumulate):
+    """A tf.function of a block of `TrainingBatches.blocks`: takes step `number` of it, counts on, returns the loss."""
     gradients = loss_and_gradients(model, optimizer, loss_fn, batches, accumulate)
 
+    # Compiled whatever becomes of the rest: else the number would go to the host, which would wait for it.
+    @tf.function(jit_compile=True, autograph=False)
+    def take(rows, draws):
+        taken = tf.gather(rows, number), tf.gather(draws, number)
+        number.assign_add(1)
+        return taken
+
     @tf.function(jit_compile=model.jit_compile, autograph=False)
-    def train_step(*batch):
-        loss, computed = gradients(*batch)
+    def step(images, masks, rows, draws):
+        loss, computed = gradients(images, masks, *take(rows, draws))
         optimizer.apply(computed, model.trainable_variables)
         return loss
 
-    @tf.function(autograph=False)
-    def run(images, masks, rows, draws, first, count):
-        def body(i, losses):
-            return i + 1, losses.write(i, train_step(images, masks, rows[first + i], draws[first + i]))
-
-        losses = tf.TensorArray(tf.float32, count, element_shape=[])
-        losses = tf.while_loop(lambda i, _: i < count, body, (0, losses), parallel_iterations=1)[1]
-        return losses.stack()
-
-    return run
+    return step
 
 
 def loss_and_gradients(model, optimizer, loss_fn, batches, accumulate=1):

@@ -19,7 +19,7 @@ folder_of() {  # of a Python module, which may be a folder alone, without import
   "$python" -c "import importlib.util as u; s = u.find_spec('$1'); print(next(iter(s.submodule_search_locations), ''))" \
     2>/dev/null || true
 }
-folders=(csrc/kernels/conv/*.cu csrc/kernels/conv/wmma csrc/kernels/pool csrc/kernels/loss csrc/kernels/cast)
+folders=(csrc/kernels/common/side_stream.cu csrc/kernels/conv/*.cu csrc/kernels/conv/wmma csrc/kernels/pool csrc/kernels/loss csrc/kernels/cast)
 flags="-std=c++17 -O3 -Icsrc/kernels -gencode arch=compute_$arch,code=sm_$arch -Xcompiler -fPIC -DUNET_FAST_FINGERPRINT='\"kernels\"'"
 if [[ "$arch" == 90a ]]; then
   folders+=(csrc/kernels/conv/sm90)

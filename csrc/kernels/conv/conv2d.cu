@@ -1,6 +1,5 @@
 // conv2d_bias_relu on a GPU: which kernels a problem takes, and with what arguments.
-#include <algorithm>
-
+#include "common/side_stream.h"
 #include "conv/direct.h"
 #include "conv/gemm.h"
 #include "conv/gpu.h"
@@ -109,6 +108,7 @@ struct GradWorkspace {
   Workspace layout;
   void* dz = nullptr;
   float *bias_slabs, *slabs;
+  void* gemm = nullptr;
 
   GradWorkspace(void* base, const Conv2DProblem& p, const Conv2DTuning& tuning) : layout(base) {
     const int64_t pixels = p.batch * p.out_height() * p.out_width();
@@ -119,10 +119,10 @@ struct GradWorkspace {
       slabs = static_cast<float*>(layout.Take(FewFiltersGradSlabBytes(p)));
       return;
     }
-    // Of one product after the other.
-    const size_t gemm = GemmWorkspaceBytes(p.dtype, Dgrad(p, kAll, kSome), tuning);
-    slabs = static_cast<float*>(layout.Take(
-        std::max(gemm, HasFewChannels(p) ? FewChannelsGradSlabBytes(p) : WgradWorkspaceBytes(p.dtype, wgrad, tuning))));
+    // The two products run at once.
+    gemm = layout.Take(GemmWorkspaceBytes(p.dtype, Dgrad(p, kAll, kSome), tuning));
+    slabs = static_cast<float*>(
+        layout.Take(HasFewChannels(p) ? FewChannelsGradSlabBytes(p) : WgradWorkspaceBytes(p.dtype, wgrad, tuning)));
   }
 };
 
@@ -167,13 +167,16 @@ int Conv2DBiasReluGrad(void* stream, const Conv2DProblem& p, const Conv2DGradien
   if (HasFewFilters(p)) {
     return FewFiltersGrad(stream, p, d.x, dz, d.kernel, d.dx, d.dkernel, dbias, space.slabs);
   }
-  if (d.dx != nullptr || (d.dskip != nullptr && p.skip_channels > 0)) {
-    UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, Dgrad(p, d, dz), tuning, space.slabs));
-  }
-  if (HasFewChannels(p)) return FewChannelsGrad(stream, p, d.x, dz, d.dkernel, dbias, space.slabs);
-  WgradArgs w = Wgrad(p, d, dz);
-  w.slabs = space.slabs, w.bias_slabs = space.bias_slabs, w.dbias = dbias;
-  return Wgrad(stream, p.dtype, w, tuning);
+  const auto weight_gradient = [&](void* where) {
+    if (HasFewChannels(p)) return FewChannelsGrad(where, p, d.x, dz, d.dkernel, dbias, space.slabs);
+    WgradArgs w = Wgrad(p, d, dz);
+    w.slabs = space.slabs, w.bias_slabs = space.bias_slabs, w.dbias = dbias;
+    return Wgrad(where, p.dtype, w, tuning);
+  };
+  if (d.dx == nullptr && (d.dskip == nullptr || p.skip_channels == 0)) return weight_gradient(stream);
+  return AtOnce(
+      stream, [&](void* where) { return ImplicitGemm(where, p.dtype, Dgrad(p, d, dz), tuning, space.gemm); },
+      weight_gradient);
 }
 
 std::vector<ProductChoice> Conv2DChoices(const Conv2DProblem& p, int capability) {

@@ -2,8 +2,7 @@
 // r = 0 of input row i and, in a 3x3 kernel, r = 2 of row i - 1; odd rows r = 1 of row i - and columns likewise. So the
 // forward pass is four small convolutions of x, one launch with a list of taps each: nine products a pixel of x, none
 // with a zero. Its input gradient is a convolution of dz with stride 2.
-#include <algorithm>
-
+#include "common/side_stream.h"
 #include "conv/gemm.h"
 #include "conv/gpu.h"
 #include "conv/mask.h"
@@ -86,14 +85,15 @@ struct GradWorkspace {
   Workspace layout;
   void* dz = nullptr;
   float *bias_slabs, *slabs;
+  void* gemm = nullptr;
 
   GradWorkspace(void* base, const Conv2DTransposeProblem& p, const Conv2DTuning& tuning) : layout(base) {
     const int64_t pixels = 4 * p.batch * p.height * p.width;
     if (p.relu && !p.dy_is_masked) dz = layout.Take(pixels * p.filters * SizeOf(p.dtype));
     bias_slabs = static_cast<float*>(layout.Take(MaskSlabBytes(pixels, p.filters)));
-    // Of one product after the other.
-    slabs = static_cast<float*>(layout.Take(std::max(GemmWorkspaceBytes(p.dtype, Dgrad(p, kAll, kSome), tuning),
-                                                     WgradWorkspaceBytes(p.dtype, Wgrad(p, kAll, kSome), tuning))));
+    // The two products run at once.
+    gemm = layout.Take(GemmWorkspaceBytes(p.dtype, Dgrad(p, kAll, kSome), tuning));
+    slabs = static_cast<float*>(layout.Take(WgradWorkspaceBytes(p.dtype, Wgrad(p, kAll, kSome), tuning)));
   }
 };
 
@@ -126,14 +126,18 @@ int Conv2DTransposeBiasReluGrad(void* stream, const Conv2DTransposeProblem& p, c
   m.dy = d.dy, m.y = d.y, m.batch = p.batch, m.h = 2 * p.height, m.w = 2 * p.width, m.channels = p.filters;
   m.dy_h = m.h, m.dy_w = m.w;
   m.relu = masks, m.dz = space.dz, m.slabs = space.bias_slabs, m.dbias = d.dbias;
-  UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, p.dtype, m));
+  if (masks) UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(stream, p.dtype, m));
 
-  if (d.dx != nullptr) {
-    UNET_FAST_CUDA_RETURN_IF_ERROR(ImplicitGemm(stream, p.dtype, Dgrad(p, d, dz), tuning, space.slabs));
-  }
-  WgradArgs w = Wgrad(p, d, dz);
-  w.slabs = space.slabs;
-  return Wgrad(stream, p.dtype, w, tuning);
+  const auto weight_gradient = [&](void* where) {
+    if (!masks) UNET_FAST_CUDA_RETURN_IF_ERROR(MaskGradient(where, p.dtype, m));  // the bias gradient alone
+    WgradArgs w = Wgrad(p, d, dz);
+    w.slabs = space.slabs;
+    return Wgrad(where, p.dtype, w, tuning);
+  };
+  if (d.dx == nullptr) return weight_gradient(stream);
+  return AtOnce(
+      stream, [&](void* where) { return ImplicitGemm(where, p.dtype, Dgrad(p, d, dz), tuning, space.gemm); },
+      weight_gradient);
 }
 
 std::vector<ProductChoice> Conv2DTransposeChoices(const Conv2DTransposeProblem& p, int capability) {
