@@ -8,7 +8,7 @@ DEMO ?= demo
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 export UNET_FAST_CUDA_ARCHS ?= $(patsubst 90,90a,$(or $(GPU),90))
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,19 +16,27 @@ help:
 	@echo "make test    build into $(VENV) and run every test (TESTS=tests/test_ops.py: only those)"
 	@echo "make lint    ruff and clang-format, changing nothing;  make format: the same, mending"
 	@echo "make bench   the fused ops against stock Keras on this machine's CPU"
+	@echo "make lock    newer releases of what this is developed with, pinned in requirements-dev.lock; licences in docs/"
 	@echo "make clean   remove the build and $(VENV)"
 
-# The build's needs are installed first and the build then uses them (no isolation): pip would otherwise unpack a
-# second TensorFlow just for building.
-$(BIN)/python:
+# The releases that the lock names, and no file but those whose hashes it has. What the build needs is among them, and the
+# build uses it (no isolation): pip would otherwise unpack a second TensorFlow just for building.
+$(VENV)/.locked: requirements-dev.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "setuptools>=77" "tensorflow==2.21.*" numpy "pybind11>=2.13" "cmake>=3.24" ninja
+	$(BIN)/pip install --quiet --require-hashes --requirement requirements-dev.lock
+	touch $@
 
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
-$(VENV)/.installed: $(BIN)/python $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+$(VENV)/.installed: $(VENV)/.locked $(SOURCES)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# Newer releases into the lock: of what is needed to run, to develop and to build.
+lock: $(VENV)/.locked
+	$(BIN)/pip install --quiet uv
+	$(BIN)/python tests/supply_chain.py requirements | $(BIN)/uv pip compile pyproject.toml - --extra dev --universal \
+	  --upgrade --generate-hashes --no-header --no-annotate --quiet --output-file requirements-dev.lock
+	$(BIN)/python tests/supply_chain.py licences > docs/licences.md
 
 demo: $(VENV)/.installed
 	$(BIN)/unet-fast train --data synthetic --out $(DEMO)/run --filters 8 --depth 3 --padding same --size 128 --steps 300 --batch 4 --lr 3e-3
@@ -41,7 +49,7 @@ demo: $(VENV)/.installed
 
 TESTS ?=
 test: $(VENV)/.installed
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest $(or $(TESTS),-n 2 --dist loadfile)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -5,8 +5,11 @@ Environment variables, all optional:
   UNET_FAST_CUDA_ARCHS=90a       CUDA architectures, comma-separated (CMAKE_CUDA_ARCHITECTURES, semicolons, does too)
   CUDACXX, CUDA_HOME             which nvcc
   MAX_JOBS=4                     parallel compilations (default: the number of processors)
+
+and for a source distribution SOURCE_DATE_EPOCH, the time of all its files in seconds since 1970 (default: 1980).
 """
 
+import gzip
 import importlib
 import json
 import os
@@ -15,9 +18,11 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 # That CMake reads once, when it configures.
 VARIABLES = ("UNET_FAST_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "PATH")
@@ -70,8 +75,34 @@ class CMakeBuild(build_ext):
         return ["CMakeLists.txt", *(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file())]
 
 
+class ReproducibleSdist(sdist):
+    """The same bytes from the same sources, whoever packs them, when and where."""
+
+    def make_distribution(self):
+        super().make_distribution()
+        for path in self.archive_files:
+            if path.endswith(".tar.gz"):
+                self._normalise(pathlib.Path(path))
+
+    def _normalise(self, path):
+        time = int(os.environ.get("SOURCE_DATE_EPOCH", 315532800))
+        rewritten = path.with_suffix(".tmp")
+        with (
+            tarfile.open(path) as packed,
+            rewritten.open("wb") as raw,
+            gzip.GzipFile("", "wb", mtime=time, fileobj=raw) as compressed,
+            tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for entry in sorted(packed.getmembers(), key=lambda entry: entry.name):
+                content = packed.extractfile(entry)
+                entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname, entry.pax_headers = time, 0, 0, "", "", {}
+                entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+                archive.addfile(entry, content)
+        rewritten.replace(path)
+
+
 setup(
     # The extension itself is CMake's; naming it makes the wheel one for this platform and this Python.
     ext_modules=[Extension("unet_fast._native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "sdist": ReproducibleSdist},
 )

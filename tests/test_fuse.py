@@ -91,7 +91,9 @@ def test_the_report_says_what_was_done(capsys):
 
 
 @pytest.mark.parametrize(
-    "relu", [layers.ReLU(), layers.Activation("relu"), keras.ops.relu, keras.activations.relu], ids=str
+    "relu",
+    [layers.ReLU(), layers.Activation("relu"), keras.ops.relu, keras.activations.relu],
+    ids=["ReLU", "Activation", "ops.relu", "activations.relu"],
 )
 @pytest.mark.parametrize("convolution", [layers.Conv2D, layers.Conv2DTranspose])
 def test_a_relu_behind_a_convolution_is_taken_in(relu, convolution):
