@@ -206,7 +206,7 @@ def test_train_rate(train_rate, monkeypatch, tmp_path, capsys):
     assert figures["streamed"] and len(figures["bare_runs_img_s"]) == 6
     assert figures["ratio"] == pytest.approx(figures["train_img_s"] / figures["bare_img_s"], abs=1e-3)
     runs, told = figures["bare_runs_img_s"], capsys.readouterr().out
-    assert figures["bare_spread"] == pytest.approx(max(runs) / min(runs) - 1, abs=1e-3)
+    assert figures["bare_spread"] == pytest.approx(max(runs) / min(runs) - 1, rel=1e-2, abs=1e-3)  # of rounded rates
     assert "aim 0.95" in told and ("repeat this" in told) == (figures["bare_spread"] > 0.05)
 
 

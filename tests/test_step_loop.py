@@ -116,8 +116,8 @@ def test_a_step_is_traced_once(data, monkeypatch):
 
 
 def test_the_length_of_chunks(data, monkeypatch):
-    """By a clock on which a step takes 50 ms: chunks double up to half a second, and shrink when steps take longer."""
-    now, cost = [0.0], [0.05]
+    """By a clock on which a step takes 1/16 s: chunks double up to half a second, and shrink when steps take longer."""
+    now, cost = [0.0], [0.0625]
     monkeypatch.setattr(step_loop.time, "monotonic", lambda: now[0])
     *_, loop = start(data)
 
@@ -126,10 +126,10 @@ def test_the_length_of_chunks(data, monkeypatch):
         return tf.zeros([])
 
     loop._step = step
-    assert [len(loop.advance(1000)) for _ in range(6)] == [1, 2, 4, 8, 10, 10]
+    assert [len(loop.advance(1000)) for _ in range(6)] == [1, 2, 4, 8, 8, 8]
     assert len(loop.advance(3)) == 3
-    assert len(loop.advance(1000)) == 10, "an evaluation does not shorten what follows"
-    cost[0] = 0.2
-    assert [len(loop.advance(1000)) for _ in range(3)] == [10, 2, 2]
+    assert len(loop.advance(1000)) == 8, "an evaluation does not shorten what follows"
+    cost[0] = 0.25
+    assert [len(loop.advance(1000)) for _ in range(3)] == [8, 2, 2]
     cost[0] = 9.0
     assert [len(loop.advance(1000)) for _ in range(3)] == [2, 1, 1]
