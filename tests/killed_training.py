@@ -37,6 +37,7 @@ def kill_at(number):
 
 
 def train(out, options):
+    training._CHECKPOINT_SECONDS = 0.0  # each evaluation's
     console = rich.console.Console(quiet=True)
     if (out / checkpoints.CONFIG).exists():
         training.train(checkpoints.load_config(out)[0], out, resume=True, console=console)

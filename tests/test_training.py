@@ -242,6 +242,7 @@ def test_resume_after_a_kill_between_an_evaluation_and_its_checkpoint(trained, d
         save_state(*args)
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(training, "_CHECKPOINT_SECONDS", 0.0)
         patch.setattr(checkpoints, "save_state", save)
         training.train(TrainConfig(data=data, **SMALL), out)
     assert [row["step"] for row in history(out)] == ["3", "6"][:kill]
@@ -249,6 +250,49 @@ def test_resume_after_a_kill_between_an_evaluation_and_its_checkpoint(trained, d
     assert training.train(checkpoints.load_config(out)[0], out, resume=True) == scores
     assert history(out) == history(whole)
     assert not list(out.glob(".model*"))
+
+
+def test_checkpoints_of_the_first_evaluation_and_then_not_too_often(trained, data, tmp_path, monkeypatch):
+    """What is left out in between is written with the next one; the end is always written."""
+    whole, scores = trained
+    save_state, steps = checkpoints.save_state, []
+
+    def save(path, state, progress):
+        steps.append(progress["step"])
+        save_state(path, state, progress)
+
+    monkeypatch.setattr(checkpoints, "save_state", save)
+    out = tmp_path / "run"
+    assert training.train(TrainConfig(data=data, **SMALL), out) == scores
+    assert steps == [3, 8] and history(out) == history(whole)
+    monkeypatch.setattr(training, "_CHECKPOINT_SECONDS", 0.0)
+    training.train(TrainConfig(data=data, **SMALL), tmp_path / "each")
+    assert steps == [3, 8, 3, 6, 8]
+
+
+@pytest.mark.parametrize("end", ["diverged", "early"])
+def test_the_best_model_is_kept_however_training_ends(data, tmp_path, monkeypatch, end):
+    """The second evaluation is the best, and its checkpoint was not due yet."""
+    monkeypatch.setattr(checkpoints, "best_row", lambda history: history[min(1, len(history) - 1)])
+    advance, left = StepLoop.advance, [6]
+
+    def diverging(self, most):
+        losses = advance(self, most)
+        left[0] -= len(losses)
+        return losses if left[0] >= 0 else [np.nan] * len(losses)
+
+    out, config = tmp_path / "run", TrainConfig(data=data, **{**SMALL, "steps": 60})
+    if end == "diverged":
+        monkeypatch.setattr(StepLoop, "advance", diverging)
+        with pytest.raises(UserError, match=r"not finite; model\.keras is that of step 6"):
+            training.train(config, out)
+    else:
+        monkeypatch.setattr(training, "since_best", lambda scores: len(scores) - 2)
+        training.train(config.resumed({"patience": 1}), out)
+    assert [row["step"] for row in history(out)] == ["3", "6", "9"][: 2 if end == "diverged" else 3]
+    assert json.loads((out / "metrics.json").read_text())["step"] == 6
+    with np.load(out / "last" / "state.npz") as saved:
+        assert json.loads(str(saved["progress"]))["step"] == (3 if end == "diverged" else 9)
 
 
 def test_train_longer(trained, data, tmp_path):

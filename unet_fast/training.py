@@ -9,17 +9,15 @@ import contextlib
 import dataclasses
 import math
 import signal
-import threading
 import time
 from pathlib import Path
 
 import keras
 import numpy as np
 import rich.console
-import rich.progress
 import tensorflow as tf
 
-from unet_fast import __version__, checkpoints, crossval, report
+from unet_fast import __version__, checkpoints, crossval, progress, report
 from unet_fast.background import Background
 from unet_fast.data import Augmentation, TrainingBatches
 from unet_fast.data.files import atomic_path
@@ -37,6 +35,9 @@ _REFERENCE_SIZE = 572  # of the paper's and UNet_Medical's input, which unpadded
 _PLATEAU_PATIENCE, _PLATEAU_FACTOR = 3, 0.5
 _CACHED_BYTES = 2**28  # prepared validation images up to this size are kept from one evaluation to the next
 _OVERLAYS = 4  # validation images in overlays.png
+# Between checkpoints, which are of evaluations and half a gigabyte each for the reference network: a disk may take longer for
+# one than the GPU from one evaluation to the next.
+_CHECKPOINT_SECONDS = 30.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -243,6 +244,7 @@ class _Trainer:
         self.seconds = 0.0
         self.losses = []  # of the steps since the last evaluation
         self.history = []
+        self.unsaved = {}  # by what it is: a function that writes it, and its arguments
 
     def run(self, training, validation, *, resume, sample_weights=None):
         config, distribution = self.config, self.distribution
@@ -292,50 +294,72 @@ class _Trainer:
                 f"note: {shared} of {files} files have images in training and validation both, which flatters the scores; "
                 f"a partition with --group file and --folds {min(files, config.folds)} keeps files together"
             )
-        with _signals() as caught, self._bar() as show, Background() as background:
-            self._loop(loop, evaluator, background, caught, show)
+        bar = progress.bar(self.console, config.steps, self.step, hidden=not distribution.is_chief)
+        with progress.signals() as caught, bar as show, Background() as self.background:
+            self._loop(loop, evaluator, caught, show)
         return self._finish(validation) if distribution.is_chief else None
 
     @property
     def _step_images(self):
         return self.config.batch * self.config.accumulate * self.distribution.replicas
 
-    def _loop(self, loop, evaluator, background, caught, show):
-        config = self.config
+    def _loop(self, loop, evaluator, caught, show):
+        config, is_chief = self.config, self.distribution.is_chief
         begin = time.monotonic() - self.seconds
-        timed, saved = None, self.step  # (time, step) from which on the speed is taken; the last step that was saved
+        timed = None  # (time, step) from which on the speed is taken
+        saved, next_save = self.step, 0.0  # the last step that was saved, and from when on others may be
         self._reduce_on_plateau(loop)
         while self.step < config.steps and not self._is_stalled():
             due = min((self.step // config.eval_every + 1) * config.eval_every, config.steps)
             losses = loop.advance(due - self.step)
             self.losses += losses
             self.step += len(losses)
-            background.check()
+            self.background.check()
             self._check_health()
             now = time.monotonic()
             timed = timed or (now, self.step)  # after the first step, which traces, compiles and tunes
             steps = self.step - timed[1]
             speed = steps * self._step_images / (now - timed[0]) if steps else None
-            show(losses[-1], speed)
-            results, is_chief = [], self.distribution.is_chief
+            show(self.step, losses[-1], speed)
             if self.step == due:
                 self.seconds = now - begin
-                results = self._evaluate(evaluator, speed) if is_chief else []
+                if is_chief:
+                    self._evaluate(evaluator, speed)
                 self.losses = []
                 timed = time.monotonic(), self.step
-            if is_chief and (self.step == due or caught):  # before anything that a lost worker would end
-                self.seconds = time.monotonic() - begin
-                background.submit(_write, [*results, self._state()])
-                saved = self.step
+            now = time.monotonic()
+            is_time = caught or self.step == config.steps or (self.step == due and now >= next_save)
+            if is_chief and is_time:  # before anything that a lost worker would end
+                self._save(now - begin)
+                saved, next_save = self.step, now + _CHECKPOINT_SECONDS
             if self.step == due:
                 self._reduce_on_plateau(loop)
             if self.distribution.any(caught):
                 if is_chief and saved < self.step:  # another worker caught the signal
-                    background.submit(_write, [self._state()])
-                background.wait()
+                    self._save(time.monotonic() - begin)
+                self.background.wait()
                 mend = f"go on with `unet-fast train --out {self.out} --resume`"
                 signum = caught[0] if caught else signal.SIGTERM  # which another worker got
                 raise Interrupted(f"stopped at step {self.step} of {config.steps}; {mend}", signum)
+        if is_chief and saved < self.step:  # stopped early
+            self._save(time.monotonic() - begin)
+
+    def _save(self, seconds):
+        """Have a checkpoint written, beside what comes next: what evaluations have left, and the state to go on from.
+
+        The state comes last, since what is before it is done again where it is missing.
+        """
+        self.seconds = seconds
+        replicas = self.distribution.replicas
+        facts = {"step": self.step, "seconds": seconds, "losses": list(self.losses), "replicas": replicas}
+        state = checkpoints.save_state, self.out, checkpoints.snapshot(self.model, self.optimizer), facts
+        self.background.submit(_write, [*self._take_unsaved(), state])
+
+    def _take_unsaved(self):
+        # The history tells which step's the best model is, and so comes behind it.
+        taken = [self.unsaved[name] for name in ("model", "metrics", "history") if name in self.unsaved]
+        self.unsaved = {}
+        return taken
 
     def _is_stalled(self):
         scores, patience = [row["val_dice"] for row in self.history], self.config.patience
@@ -369,6 +393,7 @@ class _Trainer:
             raise self._diverged(f"the loss scale fell to {self._loss_scale:g}, no step has finite gradients any more")
 
     def _diverged(self, what):
+        self.background.submit(_write, self._take_unsaved())
         best = "no model was saved"
         if self.history:
             best = f"{checkpoints.MODEL} is that of step {checkpoints.best_row(self.history)['step']}"
@@ -380,7 +405,7 @@ class _Trainer:
         )
 
     def _evaluate(self, evaluator, speed):
-        """Score the model: a line of the history. Returns what is to be written, functions and their arguments."""
+        """Score the model: a line of the history; leaves in `unsaved` what is to be written of it."""
         if self.scored is not self.model:
             self.optimizer.finalize_variable_values(self.scored.trainable_variables)
         scores = evaluator()
@@ -405,40 +430,31 @@ class _Trainer:
         }
         self.history.append(row)
         is_best = checkpoints.best_row(self.history) is row
-        self._say(_row_text(row, self.config.steps, is_best))
-        files = []
+        self._say(progress.row_text(row, self.config.steps, is_best))
         if is_best:
             metrics = {"fold": self.config.fold, "step": self.step, **scores}
             weights = [tf.convert_to_tensor(v.value) for v in self.scored.variables]
-            files.append((self.write_model, self.out, weights))
-            files.append((checkpoints.write_json, self.out / checkpoints.METRICS, metrics))
-        files.append((checkpoints.write_history, self.out, list(self.history)))
+            self.unsaved["model"] = self.write_model, self.out, weights
+            self.unsaved["metrics"] = checkpoints.write_json, self.out / checkpoints.METRICS, metrics
+        self.unsaved["history"] = checkpoints.write_history, self.out, list(self.history)
         if self.tensorboard is not None:
-            files.append((self.tensorboard, row))
-        return files
-
-    def _state(self):
-        """The writing of what to go on from; after all else of its step, which is done again if this is not there."""
-        replicas = self.distribution.replicas
-        progress = {"step": self.step, "seconds": self.seconds, "losses": list(self.losses), "replicas": replicas}
-        state = checkpoints.snapshot(self.model, self.optimizer)
-        return checkpoints.save_state, self.out, state, progress
+            self.tensorboard(row)
 
     @tf.function(autograph=False)
     def _squares(self):
         return tf.stack([tf.reduce_sum(tf.square(v)) for v in self.model.trainable_variables])
 
     def _restore(self):
-        progress = checkpoints.load_state(self.out, self.model, self.optimizer)
-        if progress is None:  # killed before the first checkpoint: the seed makes the start the same again
+        facts = checkpoints.load_state(self.out, self.model, self.optimizer)
+        if facts is None:  # killed before the first checkpoint: the seed makes the start the same again
             return
-        replicas = progress.get("replicas", 1)
+        replicas = facts.get("replicas", 1)
         if replicas != self.distribution.replicas:
             raise UserError(
                 f"{self.out}: was trained by {replicas} replicas, got {self.distribution.replicas}; resume it on as many, "
                 "or start a new run"
             )
-        self.step, self.seconds, self.losses = progress["step"], progress["seconds"], progress["losses"]
+        self.step, self.seconds, self.losses = facts["step"], facts["seconds"], facts["losses"]
         # A kill between an evaluation and its checkpoint leaves a row that will be written again.
         self.history = [row for row in checkpoints.read_history(self.out) if row["step"] <= self.step]
         self._say(f"resumed at step {self.step} of {self.config.steps}")
@@ -457,69 +473,7 @@ class _Trainer:
         if self.distribution.is_chief:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    @contextlib.contextmanager
-    def _bar(self):
-        """Yields show(loss, images a second or None), which moves a progress bar if there is a terminal to draw on."""
-        columns = (
-            rich.progress.TextColumn("step {task.completed}/{task.total}"),
-            rich.progress.BarColumn(),
-            rich.progress.TextColumn("loss {task.fields[loss]}"),
-            rich.progress.TextColumn("{task.fields[speed]}"),
-            rich.progress.TimeRemainingColumn(),
-        )
-        with rich.progress.Progress(
-            *columns,
-            console=self.console,
-            disable=not (self.console.is_terminal and self.distribution.is_chief),
-            transient=True,
-        ) as progress:
-            task = progress.add_task("", total=self.config.steps, completed=self.step, loss="-", speed="")
-
-            def show(loss, speed):
-                text = "" if speed is None else f"{speed:.1f} images/s"
-                progress.update(task, completed=self.step, loss=f"{loss:.4f}", speed=text)
-
-            yield show
-
-
-def _row_text(row, steps, is_best):
-    classes = [row[key] for key in row if key.startswith("val_dice_")]
-    parts = [
-        f"step {row['step']}/{steps}",
-        f"loss {math.nan if row['loss'] is None else row['loss']:.4f}",
-        f"val loss {row['val_loss']:.4f}",
-        f"Dice {row['val_dice']:.4f} ({', '.join(f'{dice:.4f}' for dice in classes)})",
-    ]
-    if row["loss_scale"] is not None:
-        parts.append(f"loss scale {row['loss_scale']:g}, {row['skipped_steps']} skipped")
-    if row["images_per_second"] is not None:
-        parts.append(f"{row['images_per_second']:.1f} images/s")
-    return "  ".join(parts) + ("  *" if is_best else "")
-
 
 def _write(files):
     for write, *arguments in files:
         write(*arguments)
-
-
-@contextlib.contextmanager
-def _signals():
-    """Collects the first SIGINT or SIGTERM in the list that it yields; the next one does what it would without this."""
-    caught = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught  # only the main thread may, and does, handle signals
-        return
-
-    def handle(signum, frame):
-        caught.append(signum)
-        restore()
-
-    def restore():
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        restore()
