@@ -32,7 +32,7 @@ import record
 import rich.console
 import tensorflow as tf
 
-from unet_fast import FusedUNet, _native, checkpoints, losses, training
+from unet_fast import _native, checkpoints, losses, training
 from unet_fast.config import TrainConfig
 from unet_fast.data import generate, pipeline, write_tiff
 from unet_fast.errors import UserError
@@ -50,17 +50,7 @@ class BareStep:
     def __init__(self, config):
         dataset = load_labelled(config.data)
         classes, self._batch = dataset.spec.num_classes, config.batch
-        model = FusedUNet(
-            (config.size, config.size, dataset.images.shape[3]),
-            num_classes=classes,
-            filters=config.filters,
-            depth=config.depth,
-            padding=config.padding,
-            dropout=config.dropout,
-            backend=config.backend,
-            dtype=config.precision,
-        )
-        checkpoints.set_jit(model, config)
+        model = training.network(config, dataset)
         jit = model.jit_compile
         # compile wraps the optimizer for mixed_float16 as `unet-fast train` does.
         loss = losses.DiceCrossEntropy(backend=config.backend)

@@ -207,6 +207,28 @@ def _completed(config, facts):
     return dataclasses.replace(config, **filled)
 
 
+def network(config, dataset):
+    """The network that `train` starts from: a FusedUNet of new weights, compiled by XLA or not as the options say.
+
+    Args:
+        config: TrainConfig with a `size`.
+        dataset: labelled `unet_fast.data.Dataset`, which tells channels and classes.
+    """
+    model = FusedUNet(
+        (config.size, config.size, dataset.images.shape[3]),
+        num_classes=dataset.spec.num_classes,
+        filters=config.filters,
+        depth=config.depth,
+        padding=config.padding,
+        upsampling=config.upsampling,
+        dropout=config.dropout,
+        backend=config.backend,
+        dtype=config.precision,
+    )
+    checkpoints.set_jit(model, config)
+    return model
+
+
 class _Trainer:
     """The model, the optimizer and the loop of one call of `train`."""
 
@@ -214,18 +236,7 @@ class _Trainer:
         self.config, self.dataset, self.out, self.console = config, dataset, out, console
         self.distribution = distribution
         keras.utils.set_random_seed(config.seed)
-        self.model = FusedUNet(
-            (config.size, config.size, dataset.images.shape[3]),
-            num_classes=dataset.spec.num_classes,
-            filters=config.filters,
-            depth=config.depth,
-            padding=config.padding,
-            upsampling=config.upsampling,
-            dropout=config.dropout,
-            backend=config.backend,
-            dtype=config.precision,
-        )
-        checkpoints.set_jit(self.model, config)
+        self.model = network(config, dataset)
         self.rate = config.lr
         if config.schedule != "constant" or config.warmup:
             self.rate = Schedule(config.lr, config.warmup, config.steps if config.schedule == "cosine" else None)
