@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import math
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -27,7 +26,9 @@ from unet_fast.data.sample_weights import read_sample_weights
 from unet_fast.distribution import Distribution
 from unet_fast.errors import UserError
 from unet_fast.evaluation import Evaluator, batches_of, load_labelled, record
+from unet_fast.interrupts import Interrupted, signals
 from unet_fast.losses import DiceCrossEntropy
+from unet_fast.memory import too_large
 from unet_fast.models import FusedUNet
 from unet_fast.models.geometry import nearest_input_sizes
 from unet_fast.schedules import Schedule, reductions, since_best
@@ -37,14 +38,6 @@ _REFERENCE_SIZE = 572  # of the paper's and UNet_Medical's input, which unpadded
 _PLATEAU_PATIENCE, _PLATEAU_FACTOR = 3, 0.5
 _CACHED_BYTES = 2**28  # prepared validation images up to this size are kept from one evaluation to the next
 _OVERLAYS = 4  # validation images in overlays.png
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was told to stop by a signal, and did so after the steps under way; `signum` is the signal."""
-
-    def __init__(self, message, signum):
-        super().__init__(message)
-        self.signum = signum
 
 
 @keras.saving.register_keras_serializable(package="unet_fast")
@@ -292,8 +285,11 @@ class _Trainer:
                 f"note: {shared} of {files} files have images in training and validation both, which flatters the scores; "
                 f"a partition with --group file and --folds {min(files, config.folds)} keeps files together"
             )
-        with _signals() as caught, self._bar() as show, Background() as background:
-            self._loop(loop, evaluator, background, caught, show)
+        with signals() as caught, self._bar() as show, Background() as background:
+            try:
+                self._loop(loop, evaluator, background, caught, show)
+            except tf.errors.ResourceExhaustedError as error:
+                raise too_large(config, error) from error
         return self._finish(validation) if distribution.is_chief else None
 
     @property
@@ -500,26 +496,3 @@ def _row_text(row, steps, is_best):
 def _write(files):
     for write, *arguments in files:
         write(*arguments)
-
-
-@contextlib.contextmanager
-def _signals():
-    """Collects the first SIGINT or SIGTERM in the list that it yields; the next one does what it would without this."""
-    caught = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught  # only the main thread may, and does, handle signals
-        return
-
-    def handle(signum, frame):
-        caught.append(signum)
-        restore()
-
-    def restore():
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        restore()

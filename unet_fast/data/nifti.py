@@ -178,9 +178,9 @@ def _errors(path):
         yield
     except UserError:
         raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: cannot read it (No such file or directory); check the path") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # the system's own; those of damage have no number
+            raise UserError(f"{path}: cannot read it ({error.strerror}); check the path") from error
         raise UserError(
             f"{path}: not a NIfTI file, or damaged or cut short ({one_line(error)}); save it again"
         ) from error
