@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from unet_fast import crossval_runs, progress
+from unet_fast import crossval_runs, training
 from unet_fast.cli import main
 from unet_fast.data import write_tiff
 from unet_fast.errors import UserError
@@ -150,7 +150,7 @@ def test_images_of_a_file_on_both_sides_are_told(crossval_options, tmp_path, cap
     def enough():
         raise UserError("enough")
 
-    monkeypatch.setattr(progress, "signals", enough)
+    monkeypatch.setattr(training, "signals", enough)
     assert main(["train", "--out", str(tmp_path / "run"), *crossval_options, "--group", "image"]) == 2
     printed = capsys.readouterr().out
     assert re.search(r"note: \d of 4 files have images in training and validation both", printed)

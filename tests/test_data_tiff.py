@@ -196,6 +196,16 @@ def test_rows_of_any_layout(tmp_path, compression, layout, colour):
         np.testing.assert_array_equal(opened.rows(page, start, stop).squeeze(), stack[page, start:stop].squeeze())
 
 
+@pytest.mark.parametrize("colour", [(), (3,)])
+def test_jpeg(tmp_path, colour):
+    """What is in its strips is looked at when the file is opened, and not when it is read, then closed."""
+    stack = stack_of("uint8", (2, 40, 32, *colour))
+    photometric = "rgb" if colour else "minisblack"
+    tifffile.imwrite(tmp_path / "a.tif", stack, compression="jpeg", photometric=photometric, rowsperstrip=16)
+    expected = tifffile.imread(tmp_path / "a.tif")
+    np.testing.assert_array_equal(open_stack(tmp_path / "a.tif").rows(1, 13, 40).squeeze(), expected[1, 13:40])
+
+
 def test_a_few_rows_read_a_few_strips(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a.tif", stack_of("uint8", (1, 640, 24)), compression="zlib", rowsperstrip=10)
     opened = open_stack(tmp_path / "a.tif")

@@ -67,7 +67,17 @@ def test_choices_of_several_measurements_stay_beside_each_other(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"another format\na\tcudnn\t2\t0\n", b"unet_fast tuning 1\na\tcudnn\n", b"\xff\xfe", b"a\tcudnn\tx\ty"],
+    [
+        b"",
+        b"another format\na\tcudnn\t2\t0\n",
+        b"unet_fast tuning 1\na\tcudnn\n",
+        b"\xff\xfe",
+        b"a\tcudnn\tx\ty",
+        # What the kernels ignore is not shown as chosen either.
+        b"unet_fast tuning 1\nb\tcudnn\t2\t0\na\tnone\t2\t0\n",
+        b"unet_fast tuning 1\na\tcudnn\t1025\t0\n",
+        b"unet_fast tuning 1\na\tcudnn\t2\t-1\n",
+    ],
 )
 def test_a_damaged_file_has_no_choices_and_is_replaced(tmp_path, content):
     file = tmp_path / "card.tsv"

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import sys
 from typing import NamedTuple
 
 
@@ -64,6 +65,16 @@ def status():
 
     registered = kernels.get_registered_kernels_for_op("UnetFastConv2DBiasRelu").kernel
     return Status(True, None, any(kernel.device_type == "GPU" for kernel in registered))
+
+
+@functools.cache
+def say_once(text):
+    """Tells a user, once a process, what runs otherwise than was to be expected; as the kernels do, on standard error.
+
+    >>> from unet_fast import _library
+    >>> _library.say_once("")
+    """
+    print(f"unet_fast: {text}", file=sys.stderr)
 
 
 def raw_ops():

@@ -15,14 +15,15 @@ import csv
 import dataclasses
 import fcntl
 import json
+import math
 import os
-import zipfile
 from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from unet_fast import archives, json_file
 from unet_fast.config import TrainConfig, read_options
 from unet_fast.data.files import atomic_path
 from unet_fast.environment import environment
@@ -53,6 +54,28 @@ class DataFacts:
     image_dtype: str
     mask_values: tuple[int, ...]
     ignore_value: int | None = None
+
+    def __post_init__(self):
+        """Raises ValueError for what cannot be: a config file may have been written by anything."""
+
+        def whole(values, least, most):
+            return isinstance(values, tuple) and all(type(v) is int and least <= v <= most for v in values)
+
+        low, high = self.value_range
+        wrong = [
+            name
+            for name, right in (
+                ("num_classes", type(self.num_classes) is int and 1 <= self.num_classes <= 2**16),
+                ("value_range", math.isfinite(low) and math.isfinite(high) and low < high),
+                ("image_shape", len(self.image_shape) == 3 and whole(self.image_shape, 1, 2**31)),
+                ("image_dtype", self.image_dtype in ("uint8", "uint16", "float32")),
+                ("mask_values", whole(self.mask_values, 0, 2**16 - 1) and len(self.mask_values) == self.num_classes),
+                ("ignore_value", self.ignore_value is None or whole((self.ignore_value,), 0, 2**16 - 1)),
+            )
+            if not right
+        ]
+        if wrong:
+            raise ValueError(f"{wrong[0]} of its data cannot be {_one_line(repr(getattr(self, wrong[0])))}")
 
     @classmethod
     def of(cls, dataset):
@@ -101,9 +124,21 @@ def load_run(path):
     if not (path / MODEL).is_file():
         raise UserError(f"{path}: holds no {MODEL} yet; train until the first evaluation")
     try:
-        model = keras.models.load_model(path / MODEL)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        archives.check_model(path / MODEL)
+        model = keras.models.load_model(path / MODEL, compile=False)
+    except (UserError, MemoryError, tf.errors.ResourceExhaustedError):
+        raise
+    except Exception as error:  # whatever zipfile, HDF5 and Keras raise on damaged bytes
         raise UserError(f"{path / MODEL}: damaged, or of another version ({_one_line(error)}); train again") from error
+    channels = facts.image_shape[2]
+    options = {name: getattr(config, name) for name in ("filters", "depth", "padding", "upsampling")}
+    options |= {"input_shape": (config.size, config.size, channels), "num_classes": facts.num_classes}
+    for name, value in options.items():
+        if (found := model.get_config()[name]) != value:
+            raise UserError(
+                f"{path / MODEL}: expected a network like that of {CONFIG}, with {name} {value}, got {found}; restore both "
+                "files of one training"
+            )
     set_jit(model, config)
     return Run(path, model, config, facts)
 
@@ -172,6 +207,8 @@ def load_config(path):
     options = read_options(file)
     try:
         facts = read_json(file)["dataset"]
+        if not isinstance(facts, dict):
+            raise TypeError("no facts about its data")
         if "mask_values" not in facts:
             raise UserError(
                 f"{file}: written by an earlier version, which did not record the values of the masks; train again, or add "
@@ -179,7 +216,9 @@ def load_config(path):
             )
         facts = DataFacts(**{key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()})
         return TrainConfig(**options), facts
-    except (KeyError, TypeError) as error:
+    except UserError as error:
+        raise error if str(file) in str(error) else UserError(f"{file}: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: not the config of a run ({_one_line(error)}); restore it") from error
 
 
@@ -193,6 +232,14 @@ def check_new(path):
         is_ours = (path / CONFIG).exists() or (path / CROSSVAL).exists()
         mend = "go on with --resume, or choose another folder" if is_ours else "choose another folder"
         raise UserError(f"{path}: expected a new or empty folder for the run, found files in it; {mend}")
+
+
+def check_no_link(path):
+    """Raises UserError if what a run writes at `path` would go where a link there leads: out of the run."""
+    if path.is_symlink():
+        raise UserError(
+            f"{path}: is a link, which a run does not write through; remove it, or put what it leads to there"
+        )
 
 
 @contextlib.contextmanager
@@ -212,6 +259,8 @@ def locked(path):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for name in (_LOCK, Path(STATE).parent, TENSORBOARD):
+            check_no_link(path / name)
         file = (path / _LOCK).open("a+")
     except OSError as error:
         raise UserError(f"{path}: cannot write there ({error.strerror}); choose another folder") from error
@@ -273,16 +322,27 @@ def load_state(path, model, optimizer):
     if not file.exists():
         return None
     try:
-        with np.load(file, allow_pickle=False) as saved:
-            arrays = dict(saved)
-        progress = json.loads(str(arrays.pop("progress")))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        arrays = archives.read_arrays(file)
+        progress = _checked_progress(json_file.parse(str(arrays.pop("progress")[()]).encode()))
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever zipfile and NumPy raise on damaged bytes
         raise UserError(f"{file}: damaged ({_one_line(error)}); restore it, or start a new run") from error
     targets = _state_variables(model, optimizer)
-    if {name: a.shape for name, a in arrays.items()} != {name: tuple(v.shape) for name, v in targets.items()}:
+    found = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
+    if found != {name: (tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for name, v in targets.items()}:
         raise UserError(f"{file}: holds the state of another network; restore it, or start a new run")
     for name, variable in targets.items():
         variable.assign(arrays[name])
+    return progress
+
+
+def _checked_progress(progress):
+    """What a training loop goes on from; raises ValueError for what it cannot have saved."""
+    whole = [progress["step"], progress.get("replicas", 1)]
+    numbers = [progress["seconds"], *progress["losses"]]
+    if any(type(n) is not int or n < 0 for n in whole) or any(type(n) not in (int, float) for n in numbers):
+        raise ValueError("its progress is not that of a training")
     return progress
 
 
@@ -324,7 +384,7 @@ def read_json(path):
         UserError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_file.load(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: missing or damaged ({_one_line(error)}); restore it") from error
 
@@ -349,12 +409,27 @@ def read_history(path):
         return []
     try:
         with file.open(newline="") as lines:
-            rows = [{key: _number(cell) for key, cell in row.items()} for row in csv.DictReader(lines, strict=True)]
-        if any("step" not in row for row in rows):
-            raise ValueError("no column step")
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+            reader = csv.DictReader(lines, strict=True)
+            rows = [{key: _number(cell) for key, cell in row.items()} for row in reader]
+        if not reader.fieldnames:
+            raise ValueError("empty")
+        steps = [row["step"] for row in rows]
+        if any(type(step) is not int for step in steps) or steps != sorted(set(steps)):
+            raise ValueError("its steps are no ascending numbers")
+        for row in rows:
+            _check_row(row)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, csv.Error) as error:
         raise UserError(f"{file}: not a history of a run ({_one_line(error)}); restore it") from error
     return rows
+
+
+def _check_row(row):
+    """Raises ValueError unless a row of a history has what a run reads of it again."""
+    missing = [name for name in ("val_loss", "val_dice", "val_soft_dice", "seconds") if row.get(name) is None]
+    if missing or not {"loss", "images_per_second"} <= set(row):
+        raise ValueError(f"no {missing[0] if missing else 'loss or images_per_second'} of step {row['step']}")
+    if not all(value is None or math.isfinite(value) for value in row.values()):
+        raise ValueError(f"not finite at step {row['step']}")
 
 
 def best_row(history):

@@ -46,6 +46,10 @@ def main(argv=None):
         return _fail(error)
     except OSError as error:  # a full disk, a folder that vanished
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except MemoryError:
+        return _fail(
+            "this computer's memory does not suffice; use a smaller --batch, --size or --tile, or smaller images"
+        )
     except Exception as error:
         import tensorflow as tf
 

@@ -1,12 +1,13 @@
 """The options of a training run: one list for the command line, config files and Python. Imports nothing heavy."""
 
 import dataclasses
-import json
-import math
-from pathlib import Path
+import os
+import sys
 
+from unet_fast import json_file
 from unet_fast.errors import UserError
 
+_LARGEST = sys.float_info.max  # whole numbers beyond it have no float
 _KINDS = {
     int: "a whole number",
     float: "a number",
@@ -284,21 +285,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.metadata["kind"]
-            if value is None and field.default is None:
-                continue
-            if kind is tuple and isinstance(value, list):  # as JSON has it
-                value = tuple(value)
-                object.__setattr__(self, field.name, value)
-            if not _is_kind(value, kind):
-                raise UserError(f"expected {flag(field)} to be {_KINDS[kind]}, got {value!r}; give one")
-            choices, rule = field.metadata["choices"], field.metadata["rule"]
-            if choices and value not in choices:
-                raise UserError(
-                    f"expected {flag(field)} to be {' or '.join(choices)}, got {value!r}; give one of those"
-                )
-            if rule and not rule[1](value):
-                raise UserError(f"expected {flag(field)} to be {rule[0]}, got {value!r}; give such a value")
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         if self.fold >= self.folds:
             raise UserError(
                 f"expected --fold to be from 0 to {self.folds - 1} with --folds {self.folds}, got {self.fold}; "
@@ -336,6 +323,29 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
 
+def _checked(field, value):
+    """An option's value, a list as a tuple; raises UserError if it is of the wrong type or out of its range."""
+    kind, choices, rule = (field.metadata[name] for name in ("kind", "choices", "rule"))
+    if value is None and field.default is None:
+        return value
+    if kind is tuple and isinstance(value, list):  # as JSON has it
+        value = tuple(value)
+    got = _shown(value)
+    if not _is_kind(value, kind):
+        raise UserError(f"expected {flag(field)} to be {_KINDS[kind]}, got {got}; give one")
+    if choices and value not in choices:
+        raise UserError(f"expected {flag(field)} to be {' or '.join(choices)}, got {got}; give one of those")
+    if rule and not rule[1](value):
+        raise UserError(f"expected {flag(field)} to be {rule[0]}, got {got}; give such a value")
+    return value
+
+
+def _shown(value):
+    """A value for an error, which stays one line however long it is."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def numbers(text):
     """Numbers from the command line: "1,2.5" becomes (1.0, 2.5).
 
@@ -355,8 +365,18 @@ def _is_kind(value, kind):
     if isinstance(value, bool) and kind is not bool:
         return False
     if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, kind)
+        return isinstance(value, int | float) and -_LARGEST <= value <= _LARGEST
+    if kind is int:
+        return isinstance(value, int) and abs(value) < 2**63
+    return isinstance(value, kind) and (kind is not str or _is_path(value))
+
+
+def _is_path(text):
+    """Whether the system can be asked for a file of this name at all; JSON can say others."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def flag(field):
@@ -380,7 +400,7 @@ def read_options(path, extra=()):
         dict of the options that the file names.
 
     Raises:
-        UserError: no such file, no JSON object, or an unknown name.
+        UserError: no such file, no JSON object, an unknown name, or a value of the wrong type or out of its range.
 
     >>> import tempfile
     >>> from unet_fast.config import read_options
@@ -390,7 +410,7 @@ def read_options(path, extra=()):
     {'steps': 300}
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json_file.load(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the config file ({error.strerror}); check the path") from error
     except ValueError as error:
@@ -399,8 +419,13 @@ def read_options(path, extra=()):
         raise UserError(f"{path}: expected a JSON object of options, got {type(content).__name__}; write {{...}}")
     for recorded in ("dataset", "version", "environment", "imported"):
         content.pop(recorded, None)
-    known = [field.name for field in dataclasses.fields(TrainConfig)] + list(extra)
-    for name in content:
-        if name not in known:
-            raise UserError(f"{path}: unknown option {name!r}; expected {', '.join(known)}")
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name, value in content.items():
+        if name in fields:
+            try:
+                _checked(fields[name], value)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
+        elif name not in extra:
+            raise UserError(f"{path}: unknown option {_shown(name)}; expected {', '.join([*fields, *extra])}")
     return content

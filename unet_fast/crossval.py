@@ -9,10 +9,10 @@ whole files where there are enough of them.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 
+from unet_fast import json_file
 from unet_fast.data.files import atomic_path
 from unet_fast.errors import UserError
 
@@ -168,12 +168,12 @@ def load_split(path, names):
     """
     mend = "delete it to have a new one drawn, or give the data it was made for"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json_file.load(path)
         saved, pairs = content["names"], [(fold["train"], fold["validation"]) for fold in content["folds"]]
     except OSError as error:
         raise UserError(f"{path}: cannot read the split file ({error.strerror}); check the path") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a split file ({' '.join(str(error).split())}); {mend}") from error
+        raise UserError(f"{path}: not a split file ({' '.join(str(error).split())[:160]}); {mend}") from error
     names = list(names)
     if saved != names:
         count = len(saved) if isinstance(saved, list) else 0

@@ -80,6 +80,7 @@ def cross_validate(config, out, *, resume=False, console=None):
 
 def _train_fold(config, out, fold, folds, console):
     folder = fold_folder(out, fold)
+    checkpoints.check_no_link(folder)
     resume = (folder / checkpoints.CONFIG).is_file()
     config = dataclasses.replace(config, fold=fold)
     if resume:
@@ -147,7 +148,10 @@ def load_options(out):
     options = read_options(out / OPTIONS)
     if "data" not in options:
         raise UserError(f"{out / OPTIONS}: names no data; restore it")
-    return TrainConfig(**options)
+    try:
+        return TrainConfig(**options)
+    except UserError as error:
+        raise UserError(f"{out / OPTIONS}: {error}") from error
 
 
 def aggregate(out):

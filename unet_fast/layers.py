@@ -55,6 +55,8 @@ def use_fused(backend, dtype, *, on_cpu=True):
         raise unwrapped(
             UserError(f"{wanted} expects the fused ops, but {obstacle}; see `unet-fast info`, or use backend='stock'")
         )
+    if (gpu and dtype in GPU_DTYPES) or (not gpu and dtype == "float32" and on_cpu):  # they would have been the faster
+        _library.say_once(f"stock TensorFlow runs in place of the fused ops: {obstacle}; see `unet-fast info`")
     return False
 
 

@@ -21,9 +21,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from unet_fast import __version__, checkpoints, crossval
+from unet_fast import __version__, archives, checkpoints, crossval
 from unet_fast.config import TrainConfig
 from unet_fast.data.files import atomic_path
+from unet_fast.data.stack import check_claim
 from unet_fast.errors import UserError
 from unet_fast.evaluation import load_labelled
 from unet_fast.models import FusedUNet
@@ -250,7 +251,11 @@ def _read_keras(path):
         names, depth = _flat_names(variables, kernel="0", bias="1")
         return _Source("Keras weights file", variables, names, depth)
     try:
+        if path.suffix == ".keras":
+            archives.check_layers(path)
         model = keras.models.load_model(path, compile=False)
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         if path.suffix == ".keras":
             raise UserError(f"{path}: Keras cannot load it ({_one_line(error)}); load it with its own code") from error
@@ -262,6 +267,7 @@ def _read_keras(path):
 def _opened(path):
     try:
         with h5py.File(path) as file:
+            check_claim(path, archives.claimed_bytes(file), path.stat().st_size)
             yield file
     except OSError as error:
         raise UserError(f"{path}: not an HDF5 file, or damaged ({_one_line(error)}); restore it") from error

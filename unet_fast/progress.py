@@ -1,9 +1,7 @@
-"""What a training shows on the terminal, and the signals that it hears."""
+"""What a training shows on the terminal."""
 
 import contextlib
 import math
-import signal
-import threading
 
 import rich.progress
 
@@ -50,26 +48,3 @@ def row_text(row, steps, is_best):
     if row["images_per_second"] is not None:
         parts.append(f"{row['images_per_second']:.1f} images/s")
     return "  ".join(parts) + ("  *" if is_best else "")
-
-
-@contextlib.contextmanager
-def signals():
-    """Collects the first SIGINT or SIGTERM in the list that it yields; the next one does what it would without this."""
-    caught = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught  # only the main thread may, and does, handle signals
-        return
-
-    def handle(signum, frame):
-        caught.append(signum)
-        restore()
-
-    def restore():
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        restore()

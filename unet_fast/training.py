@@ -25,7 +25,9 @@ from unet_fast.data.sample_weights import read_sample_weights
 from unet_fast.distribution import Distribution
 from unet_fast.errors import UserError
 from unet_fast.evaluation import Evaluator, batches_of, load_labelled, record
+from unet_fast.interrupts import Interrupted, signals
 from unet_fast.losses import DiceCrossEntropy
+from unet_fast.memory import too_large
 from unet_fast.models import FusedUNet
 from unet_fast.models.geometry import nearest_input_sizes
 from unet_fast.schedules import Schedule, reductions, since_best
@@ -38,14 +40,6 @@ _OVERLAYS = 4  # validation images in overlays.png
 # Between checkpoints, which are of evaluations and half a gigabyte each for the reference network: a disk may take longer for
 # one than the GPU from one evaluation to the next.
 _CHECKPOINT_SECONDS = 30.0
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was told to stop by a signal, and did so after the steps under way; `signum` is the signal."""
-
-    def __init__(self, message, signum):
-        super().__init__(message)
-        self.signum = signum
 
 
 @keras.saving.register_keras_serializable(package="unet_fast")
@@ -306,8 +300,12 @@ class _Trainer:
                 f"a partition with --group file and --folds {min(files, config.folds)} keeps files together"
             )
         bar = progress.bar(self.console, config.steps, self.step, hidden=not distribution.is_chief)
-        with progress.signals() as caught, bar as show, Background() as self.background:
-            self._loop(loop, evaluator, caught, show)
+        with signals() as caught, bar as show, Background() as self.background:
+            try:
+                self._loop(loop, evaluator, caught, show)
+            except tf.errors.ResourceExhaustedError as error:
+                self.background.submit(_write, self._take_unsaved())
+                raise too_large(config, error) from error
         return self._finish(validation) if distribution.is_chief else None
 
     @property

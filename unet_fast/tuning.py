@@ -15,6 +15,7 @@ from unet_fast.data.files import atomic_path
 from unet_fast.errors import UserError
 
 _FORMAT = "unet_fast tuning 1"
+ENGINES = ("auto", "wmma", "sm90", "cudnn")  # what the kernels know
 _WORTH = 0.98  # of the time by the rules: what is not faster than that may be noise, and is not chosen
 
 
@@ -94,7 +95,8 @@ def read(file):
         file: pathlib.Path; it need not exist.
 
     Returns:
-        dict from a product's key to (engine, config, splits); empty where there is no file, or one of another format.
+        dict from a product's key to (engine, config, splits); empty where there is no file, or one that the kernels ignore:
+            a single line that they cannot have written, and none counts.
 
     >>> import pathlib
     >>> from unet_fast import tuning
@@ -104,9 +106,14 @@ def read(file):
     try:
         first, *lines = file.read_text(encoding="utf-8").splitlines() or [""]
         found = [line.split("\t") for line in lines]
-        return {key: (engine, int(config), int(splits)) for key, engine, config, splits in found if first == _FORMAT}
+        choices = {key: (engine, int(config), int(splits)) for key, engine, config, splits in found if first == _FORMAT}
     except (OSError, ValueError):
         return {}
+    known = all(
+        key and engine in ENGINES and -1 <= config <= 2**10 and 0 <= splits <= 2**12
+        for key, (engine, config, splits) in choices.items()
+    )
+    return choices if known else {}
 
 
 def record(rows, file):

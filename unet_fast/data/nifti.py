@@ -6,6 +6,8 @@ its bytes that is made in passing (indexed_gzip).
 """
 
 import gzip
+import logging
+import math
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -16,10 +18,15 @@ import nibabel
 import numpy as np
 
 from unet_fast.data.files import RawPlanes, atomic_path
-from unet_fast.data.stack import IMAGE_DTYPES, Spacing, Stack, check_finite, one_line, suffix_of
+from unet_fast.data.stack import IMAGE_DTYPES, Spacing, Stack, check_claim, check_finite, one_line, suffix_of
 from unet_fast.errors import UserError
 
 _UNITS = {"mm": "mm", "micron": "um", "meter": "m"}
+_HEADERS = (nibabel.Nifti1Header, nibabel.Nifti2Header)
+# nibabel's own logger writes to the terminal what it finds wrong with a header, beside raising for it.
+_QUIET = logging.getLogger("unet_fast.nifti")
+_QUIET.addHandler(logging.NullHandler())
+_QUIET.propagate = False
 
 
 def open_nifti(path, *, labels=False):
@@ -46,25 +53,37 @@ def open_nifti(path, *, labels=False):
     """
     path = Path(path)
     with _errors(path):
-        image = nibabel.load(path, mmap=False)
-        if not isinstance(image, nibabel.Nifti1Image):
-            raise UserError(f"{path}: expected a NIfTI file, got {type(image).__name__}; convert it")
-        shape, stored, proxy = image.shape, image.get_data_dtype(), image.dataobj
+        header = _header(path)
+        proxy = nibabel.arrayproxy.ArrayProxy(str(path), header, mmap=False)
+        shape, stored = proxy.shape, proxy.dtype
         if len(shape) < 2 or any(side < 1 for side in shape) or any(side > 1 for side in shape[3:]):
             raise UserError(
                 f"{path}: expected a slice [X, Y] or a volume [X, Y, Z], got sizes {'x'.join(map(str, shape))}; save one "
                 "volume a file"
             )
-        end = proxy.offset + int(np.prod(shape)) * stored.itemsize
-        if suffix_of(path) == ".nii" and path.stat().st_size < end:
+        size, claimed = path.stat().st_size, math.prod(shape) * stored.itemsize
+        if suffix_of(path) == ".nii" and size < proxy.offset + claimed:
             raise UserError(f"{path}: cut short; save the file again")
+        check_claim(path, claimed, size)
         dtype, channels = _dtype(stored, (proxy.slope, proxy.inter) != (1, 0), labels, path)
-        sides = image.header.get_zooms()[:2]
+        sides = header.get_zooms()[:2]
         known = all(np.isfinite(side) and side > 0 for side in sides)
-        unit = _UNITS.get(image.header.get_xyzt_units()[0], "unit")
+        unit = _UNITS.get(header.get_xyzt_units()[0], "unit")
         spacing = Spacing(float(sides[1]), float(sides[0]), unit) if known else Spacing()
     depth = shape[2] if len(shape) > 2 else 1
-    return NiftiStack(path, (depth, shape[1], shape[0], channels), dtype, spacing, image, labels)
+    return NiftiStack(path, (depth, shape[1], shape[0], channels), dtype, spacing, header, proxy, labels)
+
+
+def _header(path):
+    """The header without its extensions, which nothing here needs and whose lengths may be anything."""
+    with nibabel.openers.ImageOpener(str(path)) as file:
+        start = file.read(max(kind.sizeof_hdr for kind in _HEADERS))
+    for kind in _HEADERS:
+        if kind.may_contain_header(start):
+            header = kind(start[: kind.sizeof_hdr], check=False)
+            header.check_fix(logger=_QUIET)
+            return header
+    raise UserError(f"{path}: not a NIfTI file; save it again as NIfTI")
 
 
 def _dtype(stored, is_scaled, labels, path):
@@ -85,22 +104,26 @@ class NiftiStack(Stack):
     """A NIfTI file; see `Stack`.
 
     Attributes:
-        image: nibabel image, whose data are still in the file.
+        header: nibabel's, of NIfTI-1 or -2.
+        proxy: nibabel's array of the data, which are still in the file.
         labels: as given to `open_nifti`.
     """
 
-    image: nibabel.Nifti1Image
+    header: nibabel.Nifti1Header
+    proxy: nibabel.arrayproxy.ArrayProxy
     labels: bool
 
     def rows(self, page, start, stop):
-        where = (slice(None), slice(start, stop), page, *(0,) * (len(self.image.shape) - 3))
+        axes = len(self.proxy.shape)
+        where = (slice(None), slice(start, stop), page, *(0,) * (axes - 3))
         with _errors(self.path):
-            pixels = np.asarray(self.image.dataobj[where[: max(len(self.image.shape), 2)]]).T
+            pixels = np.asarray(self.proxy[where[:axes]]).T
         fields = pixels.dtype.names
         pixels = np.stack([pixels[name] for name in fields], -1) if fields else pixels[..., None]
         if self.labels and self.dtype == np.uint16:
             self._check_whole(pixels, page)
-        return check_finite(np.ascontiguousarray(pixels, self.dtype), self.path, page)
+        with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, which is told
+            return check_finite(np.ascontiguousarray(pixels, self.dtype), self.path, page)
 
     def _check_whole(self, pixels, page):
         if not ((pixels == np.rint(pixels)) & (pixels >= 0) & (pixels < 2**16)).all():
@@ -124,16 +147,15 @@ def nifti_writer(path, shape, dtype, *, like):
         `unet_fast.data.files.RawPlanes`.
     """
     pages, height, width, *channels = shape
-    header = like.image.header.copy()
+    header = like.header.copy()
     header.set_data_dtype(dtype)
     header.set_data_shape(
-        (width, height) if len(like.image.shape) == 2 and not channels else (width, height, pages, *channels)
+        (width, height) if len(like.proxy.shape) == 2 and not channels else (width, height, pages, *channels)
     )
     if channels:
         header["pixdim"][4] = 1
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
-    header.extensions.clear()
     header["vox_offset"] = offset = header.single_vox_offset
     dtype = np.dtype(dtype).newbyteorder(header.endianness)
 
@@ -156,9 +178,9 @@ def _errors(path):
         yield
     except UserError:
         raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: cannot read it (No such file or directory); check the path") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # the system's own; those of damage have no number
+            raise UserError(f"{path}: cannot read it ({error.strerror}); check the path") from error
         raise UserError(
             f"{path}: not a NIfTI file, or damaged or cut short ({one_line(error)}); save it again"
         ) from error

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from unet_fast.data.files import atomic_path
-from unet_fast.data.stack import Spacing, Stack, one_line
+from unet_fast.data.stack import Spacing, Stack, check_claim, one_line
 from unet_fast.errors import UserError
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -64,7 +64,9 @@ def open_png(path, *, indexed=False):
             raise UserError(f"{path}: expected RGB of 8 bits, got 16; save it as TIFF")
     coloured = colour == _RGB or (colour == _PALETTE and not indexed)
     dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
-    return PngStack(path, (1, height, width, 3 if coloured else 1), dtype, Spacing())
+    channels = 3 if coloured else 1
+    check_claim(path, height * width * channels * dtype.itemsize, path.stat().st_size)
+    return PngStack(path, (1, height, width, channels), dtype, Spacing())
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,15 @@ def read_sample_weights(path, names):
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark at the beginning
             reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
             rows = [(row.get("name"), row.get("weight")) for row in reader]
     except OSError as error:
         raise UserError(f"{path}: cannot read the weights ({error.strerror}); check the path") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: expected a CSV file, got something else ({error}); save it as CSV") from error
-    if not {"name", "weight"} <= set(reader.fieldnames or ()):
+    if not {"name", "weight"} <= set(columns):
         raise UserError(
-            f"{path}: expected the columns name and weight, got {reader.fieldnames}; name them in the first line"
+            f"{path}: expected the columns name and weight, got {str(columns)[:80]}; name them in the first line"
         )
     weights, known = {}, set(names)
     for name, cell in rows:
@@ -49,10 +50,12 @@ def read_sample_weights(path, names):
         except (TypeError, ValueError):
             weight = math.nan
         if name not in known:
-            raise UserError(f"{path}: no image is called {name!r}; names are such as {names[0]!r}, correct it")
+            raise UserError(
+                f"{path}: no image is called {str(name)[:80]!r}; names are such as {names[0]!r}, correct it"
+            )
         if name in weights:
             raise UserError(f"{path}: {name!r} is there twice; keep one")
         if not 0 <= weight < math.inf:
-            raise UserError(f"{path}: expected a weight of at least 0 for {name!r}, got {cell!r}; give one")
+            raise UserError(f"{path}: expected a weight of at least 0 for {name!r}, got {str(cell)[:80]!r}; give one")
         weights[name] = weight
     return np.array([weights.get(name, 1.0) for name in names], np.float32)

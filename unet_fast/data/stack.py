@@ -9,6 +9,7 @@ import numpy as np
 
 from unet_fast.errors import UserError
 
+_BELIEVED, _MOST_PACKED = 2**28, 2000  # see `check_claim`
 IMAGE_DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
 
 
@@ -143,6 +144,24 @@ def check_finite(pixels, path, page):
     if pixels.dtype == np.float32 and not np.isfinite(pixels).all():
         raise UserError(f"{path}: page {page} holds NaN or infinity; expected finite values, replace them")
     return pixels
+
+
+def check_claim(path, claimed, stored):
+    """Raises UserError if a file claims to hold more than its size can, before memory is taken for it.
+
+    Up to 256 MiB are believed of any file. Deflate packs a thousand bytes into one at best, and blank images are packed as
+    well as that by other methods, too.
+
+    Args:
+        path: of the file.
+        claimed: bytes that would have to be allocated.
+        stored: bytes that they are to come from.
+    """
+    if claimed > max(_BELIEVED, _MOST_PACKED * stored):
+        raise UserError(
+            f"{path}: claims {claimed / 2**30:,.1f} GiB in {stored:,} bytes; expected at most {_MOST_PACKED:,} times as "
+            "much as is stored, save it again, uncompressed"
+        )
 
 
 def one_line(error):

@@ -12,7 +12,7 @@ import numpy as np
 import tifffile
 
 from unet_fast.data.files import RawPlanes, atomic_path
-from unet_fast.data.stack import IMAGE_DTYPES, Spacing, Stack, check_finite, one_line
+from unet_fast.data.stack import IMAGE_DTYPES, Spacing, Stack, check_claim, check_finite, one_line
 from unet_fast.errors import UserError
 
 # tifffile also logs the damage that it raises for; without a handler Python would print those lines to stderr.
@@ -84,6 +84,7 @@ def open_tiff(path):
         shape, dtype = first
         if dtype not in IMAGE_DTYPES:
             raise UserError(f"{path}: expected uint8, uint16 or float32 pixels, got {dtype}; convert the file")
+        check_claim(path, len(pages) * math.prod(shape) * dtype.itemsize, tiff.filehandle.size)
         spacing, resolution = _resolution(tiff)
         return TiffStack(path, (len(pages), *shape), dtype, spacing, tuple(pages), resolution)
 
@@ -288,6 +289,8 @@ def _places(series, shape, path, file_size):
         if series.dataoffset + count * keyframe.nbytes > file_size:
             raise _cut_short(path, count - 1)
         return [_Place(keyframe, series.dataoffset + page * keyframe.nbytes) for page in range(count)]
+    if not keyframe.is_final:
+        _ = keyframe.decode  # makes the decoder, and keeps it, for which a JPEG's bytes are looked at in the open file
     pages = list(series.pages)
     if len(pages) != count or None in pages:
         raise UserError(f"{path}: expected {count} pages by its metadata, found {len(pages)}; save it again")
@@ -300,6 +303,8 @@ def _places(series, shape, path, file_size):
         else:
             if len(page.dataoffsets) < math.prod(keyframe.chunked):
                 raise _cut_short(path, number)
+            # A tile is decoded as a whole, however little of it lies within the image.
+            check_claim(path, math.prod(keyframe.chunks) * keyframe.dtype.itemsize, file_size)
             offsets, counts = (np.array(values, np.int64) for values in (page.dataoffsets, page.databytecounts))
             places.append(_Place(keyframe, None, offsets, counts, page.jpegtables))
     return places
