@@ -10,3 +10,6 @@ class UserError(ValueError):
     >>> isinstance(UserError("expected a folder, got 'x.tif'; give the folder that holds it"), ValueError)
     True
     """
+
+    # With any other one TensorFlow's AutoGraph raises an error of its own type, where this comes from a traced function.
+    __init__ = Exception.__init__

@@ -205,7 +205,7 @@ def dice_cross_entropy(
     if logits.shape.rank and logits.shape[-1] is not None:
         counted_classes(logits.shape[-1], include_background, ignore_class)
     if class_weights is None:
-        class_weights = tf.ones(tf.shape(logits)[-1:], tf.float32)
+        class_weights = tf.ones(tf.shape(logits, tf.int64)[-1:], tf.float32)
     loss, _, _ = _library.raw_ops().unet_fast_dice_cross_entropy(
         labels=labels,
         logits=logits,

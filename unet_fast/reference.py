@@ -106,6 +106,9 @@ def max_pool2d(x):
     >>> reference.max_pool2d(tf.reshape(tf.range(16.0), (1, 4, 4, 1)))[0, :, :, 0].numpy().tolist()
     [[5.0, 7.0], [13.0, 15.0]]
     """
+    if x.shape.rank and any(size in (0, 1) for size in x.shape[1:3]):
+        _, h, w, _ = _dims(x)
+        return x[:, : h // 2, : w // 2]  # the gradient of TensorFlow's pool without outputs is memory never written
     return tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
 
 

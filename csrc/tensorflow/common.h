@@ -39,6 +39,12 @@ inline absl::Status Invalid(const char* op, const std::string& message) {
   return absl::InvalidArgumentError(std::string(op) + ": " + message);
 }
 
+// For shape functions: TensorFlow's word on two dimensions that differ names no argument, so this comes before it.
+inline absl::Status Named(const char* op, const char* expected, const absl::Status& status) {
+  if (status.ok()) return status;
+  return Invalid(op, std::string(expected) + ": " + std::string(status.message()));
+}
+
 // TensorFlow's intra-op threads.
 class OpThreadPool : public ThreadPool {
  public:

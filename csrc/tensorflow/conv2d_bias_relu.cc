@@ -34,19 +34,26 @@ absl::Status ForwardShape(InferenceContext* c) {
   TF_RETURN_IF_ERROR(c->GetAttr("num_skip", &num_skip));
   TF_RETURN_IF_ERROR(c->GetAttr("num_pooled", &num_pooled));
   TF_RETURN_IF_ERROR(c->GetAttr("padding", &padding));
+  const auto named = [](const char* expected, const absl::Status& status) {
+    return Named("conv2d_bias_relu", expected, status);
+  };
   ShapeHandle x, skip, kernel, bias;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 4, &x));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(1 + num_skip), 4, &kernel));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(2 + num_skip), 1, &bias));
+  TF_RETURN_IF_ERROR(named("x: expected a shape [batch, height, width, channels]", c->WithRank(c->input(0), 4, &x)));
+  TF_RETURN_IF_ERROR(
+      named("kernel: expected a shape [k, k, channels, filters]", c->WithRank(c->input(1 + num_skip), 4, &kernel)));
+  TF_RETURN_IF_ERROR(named("bias: expected a shape [filters]", c->WithRank(c->input(2 + num_skip), 1, &bias)));
   DimensionHandle batch = c->Dim(x, 0), channels = c->Dim(x, 3), filters, square;
   if (num_skip == 1) {
-    TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 4, &skip));
-    TF_RETURN_IF_ERROR(c->Merge(batch, c->Dim(skip, 0), &batch));
-    TF_RETURN_IF_ERROR(c->Add(channels, c->Dim(skip, 3), &channels));
+    TF_RETURN_IF_ERROR(
+        named("skip: expected a shape [batch, height, width, channels]", c->WithRank(c->input(1), 4, &skip)));
+    TF_RETURN_IF_ERROR(named("skip: expected x's batch", c->Merge(batch, c->Dim(skip, 0), &batch)));
+    TF_RETURN_IF_ERROR(named("skip: expected fewer channels", c->Add(channels, c->Dim(skip, 3), &channels)));
   }
-  TF_RETURN_IF_ERROR(c->Merge(c->Dim(kernel, 0), c->Dim(kernel, 1), &square));
-  TF_RETURN_IF_ERROR(c->Merge(c->Dim(kernel, 2), channels, &channels));
-  TF_RETURN_IF_ERROR(c->Merge(c->Dim(kernel, 3), c->Dim(bias, 0), &filters));
+  TF_RETURN_IF_ERROR(named("kernel: expected 3x3 or 1x1", c->Merge(c->Dim(kernel, 0), c->Dim(kernel, 1), &square)));
+  TF_RETURN_IF_ERROR(named("kernel: expected x's and skip's channels in its third dimension",
+                           c->Merge(c->Dim(kernel, 2), channels, &channels)));
+  TF_RETURN_IF_ERROR(
+      named("bias: expected the kernel's filters", c->Merge(c->Dim(kernel, 3), c->Dim(bias, 0), &filters)));
   DimensionHandle out[2], half[2];
   for (int i = 0; i < 2; ++i) {
     out[i] = c->Dim(x, 1 + i);
@@ -54,7 +61,8 @@ absl::Status ForwardShape(InferenceContext* c) {
       if (!c->ValueKnown(square) || !c->ValueKnown(out[i])) {
         out[i] = c->UnknownDim();
       } else {
-        TF_RETURN_IF_ERROR(c->Subtract(out[i], c->Value(square) - 1, &out[i]));
+        TF_RETURN_IF_ERROR(named("x: expected at least the kernel's rows and columns",
+                                 c->Subtract(out[i], c->Value(square) - 1, &out[i])));
       }
     }
     TF_RETURN_IF_ERROR(c->Divide(out[i], 2, /*evenly_divisible=*/false, &half[i]));

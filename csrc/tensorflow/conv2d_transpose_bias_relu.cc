@@ -19,16 +19,21 @@ using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
 absl::Status ForwardShape(InferenceContext* c) {
+  const auto named = [](const char* expected, const absl::Status& status) {
+    return Named("conv2d_transpose_bias_relu", expected, status);
+  };
   ShapeHandle x, kernel, bias;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 4, &x));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 4, &kernel));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 1, &bias));
+  TF_RETURN_IF_ERROR(named("x: expected a shape [batch, height, width, channels]", c->WithRank(c->input(0), 4, &x)));
+  TF_RETURN_IF_ERROR(named("kernel: expected a shape [k, k, filters, channels]", c->WithRank(c->input(1), 4, &kernel)));
+  TF_RETURN_IF_ERROR(named("bias: expected a shape [filters]", c->WithRank(c->input(2), 1, &bias)));
   DimensionHandle merged, filters, height, width;
-  TF_RETURN_IF_ERROR(c->Merge(c->Dim(kernel, 0), c->Dim(kernel, 1), &merged));
-  TF_RETURN_IF_ERROR(c->Merge(c->Dim(kernel, 3), c->Dim(x, 3), &merged));
-  TF_RETURN_IF_ERROR(c->Merge(c->Dim(kernel, 2), c->Dim(bias, 0), &filters));
-  TF_RETURN_IF_ERROR(c->Multiply(c->Dim(x, 1), 2, &height));
-  TF_RETURN_IF_ERROR(c->Multiply(c->Dim(x, 2), 2, &width));
+  TF_RETURN_IF_ERROR(named("kernel: expected 3x3 or 2x2", c->Merge(c->Dim(kernel, 0), c->Dim(kernel, 1), &merged)));
+  TF_RETURN_IF_ERROR(
+      named("kernel: expected x's channels in its last dimension", c->Merge(c->Dim(kernel, 3), c->Dim(x, 3), &merged)));
+  TF_RETURN_IF_ERROR(
+      named("bias: expected the kernel's filters", c->Merge(c->Dim(kernel, 2), c->Dim(bias, 0), &filters)));
+  TF_RETURN_IF_ERROR(named("x: expected a smaller height", c->Multiply(c->Dim(x, 1), 2, &height)));
+  TF_RETURN_IF_ERROR(named("x: expected a smaller width", c->Multiply(c->Dim(x, 2), 2, &width)));
   c->set_output(0, c->MakeShape({c->Dim(x, 0), height, width, filters}));
   return absl::OkStatus();
 }

@@ -20,14 +20,20 @@ using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
 absl::Status ForwardShape(InferenceContext* c) {
+  const auto named = [](const char* expected, const absl::Status& status) {
+    return Named("dice_cross_entropy", expected, status);
+  };
   ShapeHandle labels, logits, leading, weights;
-  TF_RETURN_IF_ERROR(c->WithRankAtLeast(c->input(1), 2, &logits));
+  TF_RETURN_IF_ERROR(
+      named("logits: expected a shape [batch, ..., classes]", c->WithRankAtLeast(c->input(1), 2, &logits)));
   TF_RETURN_IF_ERROR(c->Subshape(logits, 0, -1, &leading));
-  TF_RETURN_IF_ERROR(c->Merge(c->input(0), leading, &labels));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 1, &weights));
+  TF_RETURN_IF_ERROR(
+      named("labels: expected the logits' shape without the classes", c->Merge(c->input(0), leading, &labels)));
+  TF_RETURN_IF_ERROR(named("class_weights: expected a shape [classes]", c->WithRank(c->input(2), 1, &weights)));
   DimensionHandle classes, batch = c->RankKnown(labels) ? c->Dim(labels, 0) : c->UnknownDim();
   TF_RETURN_IF_ERROR(
-      c->Merge(c->RankKnown(logits) ? c->Dim(logits, -1) : c->UnknownDim(), c->Dim(weights, 0), &classes));
+      named("class_weights: expected a weight a class",
+            c->Merge(c->RankKnown(logits) ? c->Dim(logits, -1) : c->UnknownDim(), c->Dim(weights, 0), &classes)));
   c->set_output(0, c->Vector(batch));
   c->set_output(1, c->MakeShape({batch, c->MakeDim(3), classes}));
   c->set_output(2, c->MakeShape({batch, c->MakeDim(2)}));

@@ -20,7 +20,8 @@ using tensorflow::shape_inference::ShapeHandle;
 
 absl::Status ForwardShape(InferenceContext* c) {
   ShapeHandle x;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 4, &x));
+  TF_RETURN_IF_ERROR(
+      Named("max_pool2d", "x: expected a shape [batch, height, width, channels]", c->WithRank(c->input(0), 4, &x)));
   DimensionHandle half[2];
   for (int i = 0; i < 2; ++i) TF_RETURN_IF_ERROR(c->Divide(c->Dim(x, 1 + i), 2, /*evenly_divisible=*/false, &half[i]));
   c->set_output(0, c->MakeShape({c->Dim(x, 0), half[0], half[1], c->Dim(x, 3)}));

@@ -6,6 +6,12 @@
 #include "conv/cpu/primitives.h"
 
 namespace unet_fast::cpu {
+namespace {
+
+// NaN where either is, as on the GPU; std::max would depend on the order.
+float Max(float a, float b) { return a > b || a != a ? a : b; }
+
+}  // namespace
 
 void MaxPool2D(ThreadPool& pool, DType type, int64_t n, int64_t h, int64_t w, int64_t c, const void* x, void* y) {
   const int64_t oh = h / 2, ow = w / 2;
@@ -16,7 +22,7 @@ void MaxPool2D(ThreadPool& pool, DType type, int64_t n, int64_t h, int64_t w, in
     for (int64_t j = 0; j < ow; ++j) {
       for (int64_t k = 0; k < c; ++k) {
         const int64_t left = 2 * j * c + k, right = left + c;
-        out[j * c + k] = std::max(std::max(top[left], top[right]), std::max(bottom[left], bottom[right]));
+        out[j * c + k] = Max(Max(top[left], top[right]), Max(bottom[left], bottom[right]));
       }
     }
     GetPrimitives().from_float(out.data(), type, At(y, type, row * ow * c), ow * c);

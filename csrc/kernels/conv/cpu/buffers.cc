@@ -22,7 +22,7 @@ const float* Row(const void* data, DType type, int64_t offset, int64_t count, st
 }  // namespace
 
 int64_t ImagesPerChunk(int64_t batch, int64_t floats_per_image) {
-  return std::clamp<int64_t>(kChunkFloats / std::max<int64_t>(1, floats_per_image), 1, std::max<int64_t>(1, batch));
+  return std::min(batch, std::max<int64_t>(1, kChunkFloats / std::max<int64_t>(1, floats_per_image)));
 }
 
 void ParallelToFloat(ThreadPool& pool, const void* source, DType type, float* target, int64_t count) {
@@ -47,6 +47,7 @@ const float* AsFloat(ThreadPool& pool, const void* source, DType type, int64_t c
 }
 
 void GatherToGrid(ThreadPool& pool, const Gather& g) {
+  if (g.c == 0) return;  // x may have no channels where skip has some
   ParallelFor(pool, g.n * g.grid_h, [&](int64_t row) {
     const int64_t n = row / g.grid_h, i = row % g.grid_h - g.pad;
     float* target = g.target + row * g.grid_w * g.grid_c + g.channel;

@@ -26,7 +26,8 @@ class Buffer {
   std::unique_ptr<float, Free> data_;
 };
 
-// Images at a time, so that temporaries of `floats_per_image` stay within a fixed budget (or are one image's).
+// Images at a time, so that temporaries of `floats_per_image` stay within a fixed budget (or are one image's);
+// none of an empty batch, whose images may be of any size.
 int64_t ImagesPerChunk(int64_t batch, int64_t floats_per_image);
 
 void ParallelToFloat(ThreadPool& pool, const void* source, DType type, float* target, int64_t count);
