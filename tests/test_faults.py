@@ -22,7 +22,7 @@ from unet_fast import _library, checkpoints, training
 from unet_fast.cli import main
 from unet_fast.config import TrainConfig
 from unet_fast.data import folder as data_folder
-from unet_fast.data import generate
+from unet_fast.data import generate, open_stack, write_tiff
 from unet_fast.data.formats import stack_writer
 from unet_fast.layers import use_fused
 from unet_fast.memory import too_large
