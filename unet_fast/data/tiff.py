@@ -20,7 +20,6 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _CLASSIC_LIMIT = 2**32 - 2**25  # bytes: what a TIFF with 32-bit offsets holds, less room for its tags
 _JPEG = (6, 7, 34892, 33007)  # compressions whose segments share tables
-_JPEG_COLOURS = ((0, 1), (2, 6))  # PhotometricInterpretation of one sample a pixel, and of three
 _NONE, _INCH, _CENTIMETRE = 1, 2, 3  # values of the tag ResolutionUnit
 _MICROMETRE = ("um", "µm", "μm", "micron", "microns", "\\u00b5m")
 
@@ -290,9 +289,8 @@ def _places(series, shape, path, file_size):
         if series.dataoffset + count * keyframe.nbytes > file_size:
             raise _cut_short(path, count - 1)
         return [_Place(keyframe, series.dataoffset + page * keyframe.nbytes) for page in range(count)]
-    if keyframe.compression in _JPEG and keyframe.photometric not in _JPEG_COLOURS[samples > 1]:
-        # The decoder would leave a part of its result as the memory was.
-        raise UserError(f"{path}: expected a JPEG in grey, RGB or YCbCr, got {keyframe.photometric!r}; save it again")
+    if keyframe.planarconfig not in (1, 2):
+        raise UserError(f"{path}: damaged, colours lie in it in no known way ({keyframe.planarconfig}); save it again")
     if not keyframe.is_final:
         _ = keyframe.decode  # makes the decoder, and keeps it, for which a JPEG's bytes are looked at in the open file
     pages = list(series.pages)
@@ -347,6 +345,8 @@ def _read_segments(place, file, start, stop):
         if last < min(stop, height, top + length) - top:
             raise EOFError("a strip ends too early")
         part = segment[0, first:last, : width - left]
+        if part.shape[1] < min(width - left, keyframe.tilewidth if tiled else width):
+            raise EOFError("a strip is too narrow")
         out[plane, top + first - start : top + last - start, left : left + part.shape[1]] = part
     return out
 
