@@ -2,7 +2,7 @@
 
     python fuzz_files.py FOLDER EXAMPLES [KIND ...]
 
-Each kind is a process of its own, forked off one that has imported everything, with 1 GiB more to allocate than it began
+Each kind is a process of its own, forked off one that has imported everything, with 2 GiB more to allocate than it began
 with. Example number k of a kind is a function of the two alone. Prints a JSON object {kind: {"read", "refused", "failures"}}.
 What breaks a promise is a failure: another exception than UserError, a message that is not one line with the file's
 name, anything written to the terminal, memory asked for that the file cannot fill, or a result that is not right.
@@ -28,7 +28,7 @@ from unet_fast.data import open_stack
 from unet_fast.data.sample_weights import read_sample_weights
 from unet_fast.errors import UserError
 
-MEMORY = 2**30
+MEMORY = 2**31
 ALLOCATING = ("allocate", "memoryerror", "bad_alloc", "out of memory")
 
 

@@ -24,10 +24,12 @@ import keras
 import nibabel
 import numpy as np
 import pytest
+import rich.console
 import tifffile
 
-from unet_fast import checkpoints, migration
+from unet_fast import checkpoints, crossval_runs, migration
 from unet_fast.cli import main
+from unet_fast.config import TrainConfig
 from unet_fast.data import open_stack
 from unet_fast.data.sample_weights import read_sample_weights
 from unet_fast.errors import UserError
@@ -264,16 +266,15 @@ def test_no_module_that_a_keras_file_names_is_imported(run, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", [".lock", "last", "tensorboard"])
-def test_a_run_writes_through_no_link_out_of_it(run, tmp_path, capsys, name):
+def test_a_run_writes_through_no_link_out_of_it(run, tmp_path, name):
     outside = tmp_path / "outside"
     (outside / "folder").mkdir(parents=True)
     (outside / "file").write_text("somebody's")
     if (run / name).is_dir():
         shutil.rmtree(run / name)
     (run / name).symlink_to(outside / ("file" if name == ".lock" else "folder"))
-    assert main(["train", "--out", str(run), "--resume", "--tensorboard"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{run / name}: is a link" in line
+    with pytest.raises(UserError, match=f"{run / name}: is a link"), checkpoints.locked(run):
+        pass
     assert (outside / "file").read_text() == "somebody's" and not any((outside / "folder").iterdir())
 
 
@@ -286,23 +287,12 @@ def test_a_file_that_is_a_link_is_replaced_and_what_it_leads_to_kept(run, tmp_pa
     assert len(checkpoints.read_history(run)) == 1 and not (run / "history.csv").is_symlink()
 
 
-def test_a_fold_that_is_a_link_is_not_trained_into(run, tmp_path, capsys):
-    out, outside = tmp_path / "crossval", tmp_path / "outside"
+def test_a_fold_that_is_a_link_is_not_trained_into(tmp_path):
+    outside, options = tmp_path / "outside", TrainConfig(data="synthetic", folds=2)
     outside.mkdir()
-    out.mkdir()
-    (out / "fold0").symlink_to(outside)
-    options = {"data": "synthetic", "filters": 2, "depth": 1, "padding": "same", "size": 16, "steps": 1, "batch": 1}
-    (out / "crossval.json").write_text(json.dumps(options))
-    (out / "split.json").write_text(
-        json.dumps(
-            {
-                "names": [f"section_{i:03d}" for i in range(30)],
-                "folds": [{"train": [0], "validation": [1]}] * 5,
-            }
-        )
-    )
-    assert main(["crossval", "--out", str(out), "--resume"]) == 2
-    assert f"{out / 'fold0'}: is a link" in capsys.readouterr().err
+    (tmp_path / "fold0").symlink_to(outside)
+    with pytest.raises(UserError, match="fold0: is a link"):
+        crossval_runs._train_fold(options, tmp_path, 0, None, rich.console.Console(quiet=True))
     assert not any(outside.iterdir())
 
 

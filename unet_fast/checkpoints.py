@@ -126,8 +126,10 @@ def load_run(path):
     try:
         archives.check_model(path / MODEL)
         model = keras.models.load_model(path / MODEL, compile=False)
-    except (UserError, MemoryError, tf.errors.ResourceExhaustedError):
+    except (MemoryError, tf.errors.ResourceExhaustedError):
         raise
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path / MODEL}: {error}") from error
     except Exception as error:  # whatever zipfile, HDF5 and Keras raise on damaged bytes
         raise UserError(f"{path / MODEL}: damaged, or of another version ({_one_line(error)}); train again") from error
     channels = facts.image_shape[2]

@@ -5,9 +5,11 @@ slices. That is how the file stores them, so a slice is read alone. A compressed
 its bytes that is made in passing (indexed_gzip).
 """
 
+import errno
 import gzip
 import logging
 import math
+import os
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -179,8 +181,12 @@ def _errors(path):
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.strerror:  # the system's own; those of damage have no number
-            raise UserError(f"{path}: cannot read it ({error.strerror}); check the path") from error
+        is_missing = isinstance(error, FileNotFoundError)
+        if is_missing or (
+            isinstance(error, OSError) and error.strerror
+        ):  # the system's own; those of damage have no number
+            reason = error.strerror or os.strerror(errno.ENOENT)  # nibabel's of a missing file has none either
+            raise UserError(f"{path}: cannot read it ({reason}); check the path") from error
         raise UserError(
             f"{path}: not a NIfTI file, or damaged or cut short ({one_line(error)}); save it again"
         ) from error

@@ -64,9 +64,26 @@ def open_png(path, *, indexed=False):
             raise UserError(f"{path}: expected RGB of 8 bits, got 16; save it as TIFF")
     coloured = colour == _RGB or (colour == _PALETTE and not indexed)
     dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
-    channels = 3 if coloured else 1
-    check_claim(path, height * width * channels * dtype.itemsize, path.stat().st_size)
+    channels, size = 3 if coloured else 1, path.stat().st_size
+    check_claim(path, height * width * channels * dtype.itemsize, size)
+    if not _holds_chunks(path, size):
+        raise UserError(f"{path}: damaged or cut short (a part is said to be larger than the file); save it again")
     return PngStack(path, (1, height, width, channels), dtype, Spacing())
+
+
+def _holds_chunks(path, size):
+    """Whether every chunk ends within the file; Pillow takes memory for as much as a chunk says that it has."""
+    with _errors(path), path.open("rb") as file:
+        offset = len(_SIGNATURE)
+        while offset + 8 <= size:
+            file.seek(offset)
+            length, name = struct.unpack(">I4s", file.read(8))
+            offset += length + 12
+            if offset > size:
+                return False
+            if name == b"IEND":
+                break
+    return True
 
 
 @dataclass(frozen=True)

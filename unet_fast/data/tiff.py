@@ -289,6 +289,8 @@ def _places(series, shape, path, file_size):
         if series.dataoffset + count * keyframe.nbytes > file_size:
             raise _cut_short(path, count - 1)
         return [_Place(keyframe, series.dataoffset + page * keyframe.nbytes) for page in range(count)]
+    if keyframe.planarconfig not in (1, 2):
+        raise UserError(f"{path}: damaged, colours lie in it in no known way ({keyframe.planarconfig}); save it again")
     if not keyframe.is_final:
         _ = keyframe.decode  # makes the decoder, and keeps it, for which a JPEG's bytes are looked at in the open file
     pages = list(series.pages)
@@ -343,6 +345,8 @@ def _read_segments(place, file, start, stop):
         if last < min(stop, height, top + length) - top:
             raise EOFError("a strip ends too early")
         part = segment[0, first:last, : width - left]
+        if part.shape[1] < min(width - left, keyframe.tilewidth if tiled else width):
+            raise EOFError("a strip is too narrow")
         out[plane, top + first - start : top + last - start, left : left + part.shape[1]] = part
     return out
 
