@@ -166,6 +166,7 @@ def worker(out, *arguments, at=0, signum=None, environment=None):
         return losses
 
     StepLoop.advance = counting
+    training._CHECKPOINT_SECONDS = 0.0  # one an evaluation
     return command_line(["train", "--out", str(out), *arguments])
 
 

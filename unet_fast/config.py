@@ -403,6 +403,7 @@ def read_options(path, extra=()):
         UserError: no such file, no JSON object, an unknown name, or a value of the wrong type or out of its range.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from unet_fast.config import read_options
     >>> path = Path(tempfile.mkdtemp()) / "config.json"
     >>> _ = path.write_text('{"steps": 300}')
