@@ -20,6 +20,7 @@ import numpy as np
 import rich.console
 import tensorflow as tf
 
+from unet_fast import training
 from unet_fast.cli import main as command_line
 from unet_fast.config import TrainConfig
 from unet_fast.data import Dataset, TrainingBatches, generate, write_tiff

@@ -1,6 +1,8 @@
 // Random problems for the CPU kernels, each against plain loops in double. tests/sanitize_cpu.py builds this with
 // sanitizers and runs it; arrays have exactly the bytes that a kernel may touch.
 //   fuzz_cpu CASES SEED      prints a line a failure and, last, what was run; status 1 if anything failed
+#include <sanitizer/common_interface_defs.h>
+
 #include <algorithm>
 #include <cmath>
 #include <condition_variable>
@@ -102,6 +104,7 @@ std::string current;  // the case that runs
 
 void Fail(const std::string& what) {
   std::printf("FAILED %s: %s\n", current.c_str(), what.c_str());
+  std::fflush(stdout);
   ++failures;
 }
 
@@ -402,6 +405,7 @@ void Loss(ThreadPool& pool, DType type) {
 
 int main(int argc, char** argv) {
   if (argc != 3) return std::fprintf(stderr, "usage: fuzz_cpu CASES SEED\n"), 2;
+  __sanitizer_set_death_callback([] { std::fprintf(stderr, "in %s\n", current.c_str()); });
   const int64_t cases = std::atoll(argv[1]), seed = std::atoll(argv[2]);
   using Op = void (*)(ThreadPool&, DType);
   const std::pair<const char*, Op> ops[] = {{"conv2d_bias_relu", Conv2D},

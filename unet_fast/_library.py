@@ -6,6 +6,8 @@ import pathlib
 import sys
 from typing import NamedTuple
 
+from unet_fast.errors import UserError
+
 
 class Status(NamedTuple):
     """What became of the native library in this process."""
@@ -77,12 +79,31 @@ def say_once(text):
     print(f"unet_fast: {text}", file=sys.stderr)
 
 
+_threads_lost = False
+
+
+def _after_fork():
+    # TensorFlow has its threads from the first op on, and a fork takes none along: much of it would wait forever.
+    global _threads_lost
+    module = sys.modules.get("tensorflow.python.eager.context")
+    _threads_lost = getattr(getattr(module, "_context", None), "_initialized", False)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def raw_ops():
     """The module of raw ops.
 
     Raises:
         UnavailableError: with the reason and the mend, where the library could not be loaded.
+        UserError: in a process that was forked after TensorFlow had run something.
     """
+    if _threads_lost:
+        raise UserError(
+            "expected a process with TensorFlow's threads, got one forked after TensorFlow had started them; "
+            "start it by multiprocessing.get_context('spawn'), or fork before anything runs"
+        )
     module, reason = _load()
     if module is None:
         raise UnavailableError(f"unet_fast's ops are not available: {reason}")
