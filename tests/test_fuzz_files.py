@@ -1,6 +1,6 @@
 """Files that anything may have written: read rightly or refused in one line, within bounds of memory, executing nothing.
 
-UNET_FAST_FUZZ_EXAMPLES=5000 damages that many files of each kind, in place of 60.
+UNET_FAST_FUZZ_EXAMPLES=5000 damages that many files of each kind, in place of 40.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from unet_fast.data.sample_weights import read_sample_weights
 from unet_fast.errors import UserError
 
 HERE = Path(__file__).parent
-EXAMPLES = int(os.environ.get("UNET_FAST_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("UNET_FAST_FUZZ_EXAMPLES", "40"))
 
 
 @pytest.fixture(scope="module")
