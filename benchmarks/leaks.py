@@ -92,6 +92,8 @@ def measure(mode, calls):
         result.numpy()  # the GPU has done what came before
 
     call(0, max(calls // 10, len(runs)))
+    gc.collect()
+    gc.freeze()  # what is there stays: looking through TensorFlow's modules again at each reading takes most of the time
     found = {"calls": [0], "host_mib": [host_mib()], "device_mib": [device_mib()]}
     for reading in range(READINGS):
         first, last = calls * reading // READINGS, calls * (reading + 1) // READINGS

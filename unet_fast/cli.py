@@ -214,6 +214,7 @@ def _parser():
         tune.add_argument(
             flag(field), type=about["kind"], metavar=about["metavar"], choices=about["choices"], help=about["help"]
         )
+    tune.add_argument("--json", action="store_true", help="print each product's times as JSON instead of a table")
 
     report = command(
         "report",

@@ -140,9 +140,10 @@ def predict(options):
 
 
 def tune(options):
+    import rich.console
     import tensorflow as tf
 
-    from unet_fast import checkpoints, tuning
+    from unet_fast import _native, checkpoints, tuning
     from unet_fast.models import FusedUNet
 
     tf.config.set_visible_devices([], "GPU")  # whose memory TensorFlow would take, all of it
@@ -162,7 +163,10 @@ def tune(options):
         given = {name: getattr(config, name) for name in TUNED}
     size = given.pop("size", 572)
     model = FusedUNet((size, size, 1), backend="fused", **given)
-    tuning.tune(model, options.batch, (precision or "mixed_float16").removeprefix("mixed_"))
+    dtype = (precision or "mixed_float16").removeprefix("mixed_")
+    rows = tuning.tune(model, options.batch, dtype, rich.console.Console(quiet=True) if options.json else None)
+    if options.json:
+        _print_json({"fingerprint": _native.fingerprint, "dtype": dtype, "products": rows})
 
 
 def report(options):

@@ -31,8 +31,9 @@ def measure(model, batches, dtype, on_progress=None):
         on_progress: called with (products done, of so many layers in all).
 
     Returns:
-        list of dict, a product each: `layer`, `product`, `batch`, `key`, as the file names it, `us` by the rules, and
-        `engine`, `config`, `splits` and `best_us` of the fastest; those of the rules where it gains less than 2 %.
+        list of dict, a product each: `layer`, `product`, `batch`, `key`, as the file names it, `us` by the rules, `by_engine`,
+        a dict from each engine that serves it to the `us` of its fastest tile or plan, and `engine`, `config`, `splits` and
+        `best_us` of the fastest; those of the rules where it gains less than 2 %.
 
     Raises:
         UserError: there is no GPU, the build has no CUDA, or the measurement failed.
@@ -54,6 +55,9 @@ def measure(model, batches, dtype, on_progress=None):
             ) from error
         for product in products:
             ours, *_ = product.timings
+            by_engine = {}
+            for timing in product.timings:
+                by_engine[timing.engine] = min(timing.microseconds, by_engine.get(timing.engine, timing.microseconds))
             best = min(product.timings, key=lambda timing: timing.microseconds)
             best = best if best.microseconds <= _WORTH * ours.microseconds else ours
             rows[product.key] = {
@@ -62,6 +66,7 @@ def measure(model, batches, dtype, on_progress=None):
                 "batch": batch,
                 "key": product.key,
                 "us": ours.microseconds,
+                "by_engine": by_engine,
                 "engine": best.engine,
                 "config": best.config,
                 "splits": best.splits,
@@ -169,10 +174,13 @@ def tune(model, batches, dtype, console=None):
             model, batches, dtype, on_progress=lambda done, of: progress.update(task, completed=done, total=of)
         )
     record(rows, file)
-    table = rich.table.Table("layer", "product", "batch", "by the rules, us", "fastest, us", "engine")
+    engines = [engine for engine in ENGINES if any(engine in row["by_engine"] for row in rows)]
+    headings = ("by the rules", *engines, "chosen")
+    table = rich.table.Table("layer", "product", "batch", *(f"{name}, us" for name in headings), "engine")
     for row in rows:
-        numbers = (str(row["batch"]), f"{row['us']:.1f}", f"{row['best_us']:.1f}")
-        table.add_row(row["layer"], row["product"], *numbers, f"{row['engine']} {row['config']}")
+        numbers = (row["us"], *(row["by_engine"].get(engine) for engine in engines), row["best_us"])
+        cells = ("" if us is None else f"{us:.1f}" for us in numbers)
+        table.add_row(row["layer"], row["product"], str(row["batch"]), *cells, f"{row['engine']} {row['config']}")
     console.print(table)
     for batch in batches:
         before, after = (sum(row[key] for row in rows if row["batch"] == batch) / 1000 for key in ("us", "best_us"))
