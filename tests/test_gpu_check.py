@@ -96,12 +96,24 @@ def test_a_pass_that_never_ran_is_no_clean_one(tmp_path):
 def test_our_kernels_alone_are_looked_at_and_only_memcheck_spaces_the_arrays(monkeypatch):
     commands = []
     monkeypatch.setattr(gpu_check, "_run_in_time", lambda command: commands.append(command) or (0, CLEAN))
-    gpu_check.sanitize("sanitizer", ["python", "pass.py"])
+    gpu_check.sanitize("sanitizer", ["python", "pass.py"], parts=2)
     ours = ["--kernel-name", "kernel_substring=unet_fast"]
     options = {"memcheck": ["--padding", "4096"], "racecheck": [], "initcheck": [], "synccheck": []}
     assert sorted(commands) == sorted(
-        ["sanitizer", "--tool", tool, *ours, *own, "python", "pass.py"] for tool, own in options.items()
+        ["sanitizer", "--tool", tool, *ours, *own, "python", "pass.py", "--part", part]
+        for tool, own in options.items()
+        for part in ("1/2", "2/2")
     )
+
+
+def test_a_tool_has_failed_where_one_of_its_parts_has(monkeypatch):
+    found = {"1/2": (0, CLEAN), "2/2": (0, RACES)}
+    monkeypatch.setattr(gpu_check, "_run_in_time", lambda command: found[command[-1]])
+    (result,) = gpu_check.sanitize("sanitizer", ["pass.py"], ["racecheck"], parts=2).values()
+    assert (result["outcome"], result["errors"]) == ("failed", 2)
+    found["2/2"] = (1, "it ended early")
+    (result,) = gpu_check.sanitize("sanitizer", ["pass.py"], ["racecheck"], parts=2).values()
+    assert (result["outcome"], result["errors"]) == ("failed", None)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +199,7 @@ def test_the_sanitizer_is_recorded_and_kept(checkout, sanitizer, monkeypatch):
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: sanitizer)
     assert gpu_check.main(["--sanitize"]) == 1  # the stand-in finds races
     entry = json.loads((checkout / "report.json").read_text())["sanitizer"]
-    assert list(entry) == list(gpu_check.SANITIZER_TOOLS) and entry["racecheck"]["errors"] == 2
+    assert list(entry) == list(gpu_check.SANITIZER_TOOLS) and entry["racecheck"]["errors"] == 2 * gpu_check._SANITIZER_PARTS
     assert gpu_check.main([]) == 0
     assert json.loads((checkout / "report.json").read_text())["sanitizer"] == entry
     assert gpu_check.main(["--sanitize", "initcheck"]) == 0

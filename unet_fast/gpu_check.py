@@ -28,6 +28,7 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Arrays lie so close that what is beyond the end of one would be another; this much between them belongs to none.
 _SANITIZER_OPTIONS = {"memcheck": ("--padding", "4096")}
 _SANITIZER_SECONDS = 600  # that a tool may take
+_SANITIZER_PARTS = 4  # processes that share a tool's pass, each of which keeps a core busy and the GPU hardly at all
 # The last line of small_pass.py. Some versions of compute-sanitizer report no errors of a program that never started.
 _PASS_ENDED = re.compile(r"^\d+ cases in \d+ dtypes: none failed$", re.MULTILINE)
 
@@ -134,38 +135,45 @@ def _run_in_time(command):
         return process.returncode, output
 
 
-def sanitize(sanitizer, command, tools=SANITIZER_TOOLS):
-    """Run small_pass.py under tools of compute-sanitizer.
+def sanitize(sanitizer, command, tools=SANITIZER_TOOLS, parts=1):
+    """Run small_pass.py under tools of compute-sanitizer, all of them at once.
 
     Args:
         sanitizer: path of compute-sanitizer; None where there is none.
-        command: list, the program and its arguments.
+        command: list, the program and its arguments; it gets `--part I/N` besides.
         tools: names of tools.
+        parts: how many processes share a tool's pass.
 
     Returns:
-        dict from a tool's name to its `outcome` (passed, failed, not available), number of `errors` (None if it did not
-        get to its end) and `seconds`. It has failed where it found an error, and where the command failed or never ran.
+        dict from a tool's name to its `outcome` (passed, failed, not available), number of `errors` (None if a part did
+        not get to its end) and `seconds` of its longest part. It has failed where it found an error, and where the
+        command failed or never ran.
     """
     if sanitizer is None:
         return {tool: {"outcome": "not available", "errors": None, "seconds": 0.0} for tool in tools}
 
-    def run(tool):
-        start = time.monotonic()
+    def run(tool, part):
         # Of our kernels alone, not cuDNN's: their names have the namespace in them.
         options = ["--tool", tool, "--kernel-name", "kernel_substring=unet_fast", *_SANITIZER_OPTIONS.get(tool, ())]
-        status, output = _run_in_time([sanitizer, *options, *command])
+        start = time.monotonic()
+        status, output = _run_in_time([sanitizer, *options, *command, "--part", f"{part}/{parts}"])
         errors = count_errors(output)
         passed = status == 0 and errors == 0 and _PASS_ENDED.search(output)
-        outcome = "passed" if passed else "failed"
-        seconds = round(time.monotonic() - start, 1)
-        print(f"{tool}: {outcome}, {errors} errors, {seconds} s", flush=True)
-        if outcome == "failed":
-            print(output[-8000:], file=sys.stderr)
-        return {"outcome": outcome, "errors": errors, "seconds": seconds}
+        if not passed:
+            shown = output if len(output) < 8000 else f"{output[:4000]}\n...\n{output[-4000:]}"
+            print(f"{tool}, part {part} of {parts}:\n{shown}", file=sys.stderr)
+        return bool(passed), errors, time.monotonic() - start
 
-    # At once: a tool keeps one core busy, and the GPU hardly at all.
-    with concurrent.futures.ThreadPoolExecutor(max(len(tools), 1)) as pool:
-        return dict(zip(tools, pool.map(run, tools), strict=True))
+    def collect(tool, futures):
+        passed, errors, seconds = zip(*(future.result() for future in futures), strict=True)
+        outcome = "passed" if all(passed) else "failed"
+        total = None if None in errors else sum(errors)
+        print(f"{tool}: {outcome}, {total} errors, {max(seconds):.1f} s", flush=True)
+        return {"outcome": outcome, "errors": total, "seconds": round(max(seconds), 1)}
+
+    with concurrent.futures.ThreadPoolExecutor(max(len(tools) * parts, 1)) as pool:
+        futures = {tool: [pool.submit(run, tool, i + 1) for i in range(parts)] for tool in tools}
+        return {tool: collect(tool, parts_of_tool) for tool, parts_of_tool in futures.items()}
 
 
 def previous_sanitizer(path, fingerprint):
@@ -255,7 +263,7 @@ def main(arguments=None):
     small_pass = [sys.executable, str(TESTS / "small_pass.py"), "--once"]
     # All at once: each keeps a core busy, and leaves most of the GPU and of its memory to others.
     with concurrent.futures.ThreadPoolExecutor(len(files) + 1) as pool:
-        sanitizing = pool.submit(sanitize, sanitizer, small_pass, asked.sanitize)
+        sanitizing = pool.submit(sanitize, sanitizer, small_pass, asked.sanitize, _SANITIZER_PARTS)
         tests = {name: test for found in pool.map(run_file, files) for name, test in found.items()}
         outcomes = [test["outcome"] for test in tests.values()]
         report = {

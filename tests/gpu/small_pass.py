@@ -1,6 +1,6 @@
 """Every GPU kernel once, small, for compute-sanitizer: see docs/testing.md.
 
-    PYTHONPATH=. python3 tests/gpu/small_pass.py [--only NAME] [--once]
+    PYTHONPATH=. python3 tests/gpu/small_pass.py [--only NAME] [--once] [--part I/N]
 
 Goes over every engine and tile, the slow paths of odd channel counts, first and last layer, transposed convolutions,
 pooling and loss, forward and gradient, in float16 and, from compute capability 8.0, bfloat16. Results must be finite
@@ -341,9 +341,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="NAME", help="only the cases whose names contain NAME")
     parser.add_argument("--once", action="store_true", help="run a case once, not twice to compare")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only each N-th case, from the I-th on")
     asked = parser.parse_args()
+    part, parts = map(int, asked.part.split("/"))
     device, failed = Device(), 0
-    chosen = {name: run for name, run in cases(native.load_kernels()).items() if asked.only in name}
+    chosen = [(name, run) for name, run in cases(native.load_kernels()).items() if asked.only in name]
+    chosen = dict(chosen[part - 1 :: parts])
     for name, run in chosen.items():
         for dtype in device.dtypes:
             try:

@@ -61,7 +61,9 @@ def test_tune_writes_choices_that_later_processes_take(tmp_path):
         rules, chosen = np.load(tmp_path / "rules.npz"), np.load(tmp_path / f"{engine}.npz")
         assert any((rules[name] != chosen[name]).any() for name in rules.files)
         for name in rules.files:
-            np.testing.assert_allclose(chosen[name], rules[name], atol=0.02 * np.abs(rules[name]).max())
+            # In the norm: a unit at its threshold may be on in one and off in the other, which moves single numbers.
+            distance = np.linalg.norm(chosen[name] - rules[name])
+            assert distance < 0.02 * np.linalg.norm(rules[name]), name
 
 
 def test_a_file_that_is_damaged_or_of_another_build_is_not_taken(tmp_path):
