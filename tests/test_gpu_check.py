@@ -100,7 +100,7 @@ def test_our_kernels_alone_are_looked_at_and_only_memcheck_spaces_the_arrays(mon
     ours = ["--kernel-name", "kernel_substring=unet_fast"]
     options = {"memcheck": ["--padding", "4096"], "racecheck": [], "initcheck": [], "synccheck": []}
     assert sorted(commands) == sorted(
-        ["sanitizer", "--tool", tool, *ours, *own, "python", "pass.py", "--part", part]
+        ["sanitizer", "--tool", tool, *ours, *own, "--force-blocking-launches", "python", "pass.py", "--part", part]
         for tool, own in options.items()
         for part in ("1/2", "2/2")
     )
@@ -199,7 +199,10 @@ def test_the_sanitizer_is_recorded_and_kept(checkout, sanitizer, monkeypatch):
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: sanitizer)
     assert gpu_check.main(["--sanitize"]) == 1  # the stand-in finds races
     entry = json.loads((checkout / "report.json").read_text())["sanitizer"]
-    assert list(entry) == list(gpu_check.SANITIZER_TOOLS) and entry["racecheck"]["errors"] == 2 * gpu_check._SANITIZER_PARTS
+    assert (
+        list(entry) == list(gpu_check.SANITIZER_TOOLS)
+        and entry["racecheck"]["errors"] == 2 * gpu_check._SANITIZER_PARTS
+    )
     assert gpu_check.main([]) == 0
     assert json.loads((checkout / "report.json").read_text())["sanitizer"] == entry
     assert gpu_check.main(["--sanitize", "initcheck"]) == 0
