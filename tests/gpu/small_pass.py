@@ -1,6 +1,6 @@
 """Every GPU kernel once, small, for compute-sanitizer: see docs/testing.md.
 
-    PYTHONPATH=. python3 tests/gpu/small_pass.py [--only NAME] [--once] [--part I/N]
+    PYTHONPATH=. python3 tests/gpu/small_pass.py [--only NAME] [--once] [--ours] [--part I/N]
 
 Goes over every engine and tile, the slow paths of odd channel counts, first and last layer, transposed convolutions,
 pooling and loss, forward and gradient, in float16 and, from compute capability 8.0, bfloat16. Results must be finite
@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import hashlib
 import math
+import os
 import sys
 
 import native
@@ -243,14 +244,14 @@ def dice_cross_entropy(kernels, batch, pixels, classes, label_type, **flags):
     return run
 
 
-def cases(kernels):
-    """Dict from a case's name to a function of its Arrays that launches its kernels."""
+def cases(kernels, engines):
+    """Dict from a case's name to a function of its Arrays that launches its kernels; `engines` are those to go over."""
     made = {}
 
     def add(name, make, *arguments, **options):
         made[f"{make.__name__}: {name}"] = make(kernels, *arguments, **options)
 
-    for engine, counts in native.tiles(kernels).items():
+    for engine, counts in engines.items():
         # Of cuDNN's plans one: what is ours lies before and after it.
         for i in range(1 if engine == "cudnn" else max(counts.values())):
             forced = {kind: i for kind, count in counts.items() if i < count}
@@ -341,11 +342,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="NAME", help="only the cases whose names contain NAME")
     parser.add_argument("--once", action="store_true", help="run a case once, not twice to compare")
+    parser.add_argument("--ours", action="store_true", help="nothing on cuDNN, nowhere")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only each N-th case, from the I-th on")
     asked = parser.parse_args()
     part, parts = map(int, asked.part.split("/"))
+    kernels = native.load_kernels()
+    engines = native.tiles(kernels)
+    if asked.ours:
+        engines.pop("cudnn", None)
+        # Where no engine is asked for, too; what it does not serve runs on wmma. Read when the first kernel is launched.
+        os.environ["UNET_FAST_ENGINE"] = "sm90" if "sm90" in engines else "wmma"
     device, failed = Device(), 0
-    chosen = [(name, run) for name, run in cases(native.load_kernels()).items() if asked.only in name]
+    chosen = [(name, run) for name, run in cases(kernels, engines).items() if asked.only in name]
     chosen = dict(chosen[part - 1 :: parts])
     for name, run in chosen.items():
         for dtype in device.dtypes:

@@ -34,7 +34,7 @@ def gradients(x, y):
         value = 2**12 * loss(y, model(x, training=True))  # float16's small numbers would lose digits
     return tape.gradient(value, model.trainable_variables)
 first, second = ([g.numpy() for g in gradients(x, y)] for _ in range(2))
-assert all((a == b).all() for a, b in zip(first, second))
+assert backend == "stock" or all((a == b).all() for a, b in zip(first, second))
 np.savez(file, *first)
 """
 
