@@ -49,7 +49,7 @@ constexpr int kStages = 10, kStage = 17 * 1024;            // two rows of 64 cha
 constexpr int kOut = 2 * 64 * 128, kPooledOut = 32 * 128;  // a warpgroup's results on their way out
 constexpr int kSums = 2 * 64 * 64 * 4;                     // a tile's sums in float32
 static_assert(2 * (kOut + kPooledOut) <= kSums + kOut + kPooledOut);
-constexpr int kBarriers = 2 * kStages + 4;
+constexpr int kBarriers = 2 * kStages + 6;
 
 template <int kCols>
 constexpr int kRow = (kCols + 2) * 128;  // bytes of a row of pixels
@@ -69,6 +69,8 @@ struct Shared {
   __device__ uint32_t Masked(int group) const { return barriers + (2 * kStages + group) * 8; }
   __device__ uint32_t WeightsFull() const { return barriers + (2 * kStages + 2) * 8; }
   __device__ uint32_t WeightsRead() const { return barriers + (2 * kStages + 3) * 8; }
+  __device__ uint32_t SumsFull() const { return barriers + (2 * kStages + 4) * 8; }
+  __device__ uint32_t SumsEmpty() const { return barriers + (2 * kStages + 5) * 8; }
   // kChannels: only the second warpgroup has results, before which lie the first one's sums.
   __device__ uint32_t Sums() const { return out; }
   template <Roles kRoles>
@@ -255,7 +257,6 @@ __device__ void Multiply(const StationaryArgs& g, int group, const Shared& share
   }
   // Named barriers.
   const int turn = 1 + group, others_turn = 2 - group, own = 3 + group;
-  constexpr int kSumsFull = 5, kSumsEmpty = 6;
   const bool finishes = kRoles != Roles::kChannels || group == 1;  // has results
   constexpr int kStep = kRoles == Roles::kTiles ? 2 : 1;
   const uint32_t out = shared.template Out<kRoles>(group), sums = shared.Sums() + thread * 16;
@@ -309,24 +310,27 @@ __device__ void Multiply(const StationaryArgs& g, int group, const Shared& share
     ring.count += last;
 
     if constexpr (kRoles == Roles::kChannels) {
+      const uint32_t parity = t - part.begin & 1;  // each tile takes the sums' barriers through a phase
       if (group == 0) {
-        if (t > part.begin) ptx::NamedBarrier(kSumsEmpty, 256);
+        ptx::BarrierWait(shared.SumsEmpty(), parity ^ 1);
 #pragma unroll
         for (int i = 0; i < kCols; i += 4) {
           const float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
           ptx::StoreShared4(sums + i / 4 * 2048, v[0], v[1], v[2], v[3]);
         }
-        ptx::NamedBarrierArrive(kSumsFull, 256);
+        __syncwarp();
+        if (lane == 0) ptx::BarrierArrive(shared.SumsFull());
         continue;
       }
-      ptx::NamedBarrier(kSumsFull, 256);
+      ptx::BarrierWait(shared.SumsFull(), parity);
 #pragma unroll
       for (int i = 0; i < kCols; i += 4) {
         float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
         const float4 w = ptx::LoadShared4(sums + i / 4 * 2048);
         v[0] += w.x, v[1] += w.y, v[2] += w.z, v[3] += w.w;
       }
-      if (t + 1 < part.end) ptx::NamedBarrierArrive(kSumsEmpty, 256);
+      __syncwarp();
+      if (lane == 0) ptx::BarrierArrive(shared.SumsEmpty());
     }
     if (masked) {
       ptx::BarrierWait(shared.Masked(group), mask_parity);
@@ -367,6 +371,8 @@ __global__ __launch_bounds__(kStationaryThreads, 1) void StationaryKernel(const 
     for (int group = 0; group < 2; ++group) ptx::BarrierInit(shared.Masked(group), 1);
     ptx::BarrierInit(shared.WeightsFull(), 1);
     ptx::BarrierInit(shared.WeightsRead(), 8);
+    ptx::BarrierInit(shared.SumsFull(), 4);
+    ptx::BarrierInit(shared.SumsEmpty(), 4);
     ptx::BarrierInitFence();
     ptx::PrefetchTensorMap(&g.source[0]);
     ptx::PrefetchTensorMap(&g.weights);

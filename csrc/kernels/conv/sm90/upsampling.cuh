@@ -27,7 +27,7 @@ using stationary::LoadWeights;
 
 constexpr int kSlots = 5, kStage = 9 * 1024;  // of a row of pixels; two stages a slot, of 64 channels each
 constexpr int kOut = 128 * 128, kSums = 2 * 64 * 64 * 4;
-constexpr int kBarriers = 4 * kSlots + 2;
+constexpr int kBarriers = 4 * kSlots + 6;
 constexpr int kData = 2 * (kSlots * kStage + kOut + kSums);
 constexpr size_t kSharedBytes = 1024 + kData + kBarriers * 8;
 static_assert(2 * 9 * kTap <= kData, "the weights pass through, before there are data");
@@ -48,6 +48,8 @@ struct Shared {
   __device__ uint32_t Empty(int i) const { return barriers + (2 * kSlots + i) * 8; }
   __device__ uint32_t WeightsFull() const { return barriers + 4 * kSlots * 8; }
   __device__ uint32_t WeightsRead() const { return barriers + (4 * kSlots + 1) * 8; }
+  __device__ uint32_t SumsFull(int group) const { return barriers + (4 * kSlots + 2 + group) * 8; }
+  __device__ uint32_t SumsEmpty(int group) const { return barriers + (4 * kSlots + 4 + group) * 8; }
 };
 
 struct Tile {
@@ -137,11 +139,11 @@ __device__ void Multiply(const UpsamplingArgs& g, int group, const Shared& share
   }
   // Named barriers.
   const int turn = 1 + group, others_turn = 2 - group, own_results = 3 + group;
-  constexpr int kSumsFull = 5, kSumsEmpty = 7;  // and the next, of the second warpgroup
   if (group == 1) ptx::NamedBarrierArrive(others_turn, 256);
   Ring ring;  // at the row above the tile's
   const stationary::Part part(g.tiles, 1);
   for (int t = part.begin; t < part.end; ++t, ++ring.count) {
+    const uint32_t parity = t - part.begin & 1;  // each tile takes the sums' barriers through a phase
     const Tile at(g, t);
     const bool first = t == part.begin || at.row == 0;
     const bool last = t + 1 == part.end || at.row + 1 == static_cast<int>(g.rows.d);
@@ -175,23 +177,25 @@ __device__ void Multiply(const UpsamplingArgs& g, int group, const Shared& share
       }
       const uint32_t sums = shared.Sums(odd) + thread * 16;
       if (group != odd) {
-        if (t > part.begin) ptx::NamedBarrier(kSumsEmpty + odd, 256);
+        ptx::BarrierWait(shared.SumsEmpty(odd), parity ^ 1);
 #pragma unroll
         for (int i = 0; i < kCols; i += 4) {
           const float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
           ptx::StoreShared4(sums + i / 4 * 2048, v[0], v[1], v[2], v[3]);
         }
-        ptx::NamedBarrierArrive(kSumsFull + odd, 256);
+        __syncwarp();
+        if (lane == 0) ptx::BarrierArrive(shared.SumsFull(odd));
         continue;
       }
-      ptx::NamedBarrier(kSumsFull + odd, 256);
+      ptx::BarrierWait(shared.SumsFull(odd), parity);
 #pragma unroll
       for (int i = 0; i < kCols; i += 4) {
         float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
         const float4 w = ptx::LoadShared4(sums + i / 4 * 2048);
         v[0] += w.x, v[1] += w.y, v[2] += w.z, v[3] += w.w;
       }
-      if (t + 1 < part.end) ptx::NamedBarrierArrive(kSumsEmpty + odd, 256);
+      __syncwarp();
+      if (lane == 0) ptx::BarrierArrive(shared.SumsEmpty(odd));
       ptx::NamedBarrier(own_results, 128);  // the last row of results has left shared memory
       PutTogether<T, kCols>(g, sum, bias, shared.Out(group));
       ptx::StoreFence();
@@ -223,6 +227,10 @@ __global__ __launch_bounds__(kStationaryThreads, 1) void UpsamplingKernel(const 
     }
     ptx::BarrierInit(shared.WeightsFull(), 1);
     ptx::BarrierInit(shared.WeightsRead(), 8);
+    for (int group = 0; group < 2; ++group) {
+      ptx::BarrierInit(shared.SumsFull(group), 4);
+      ptx::BarrierInit(shared.SumsEmpty(group), 4);
+    }
     ptx::BarrierInitFence();
     ptx::PrefetchTensorMap(&g.source);
     ptx::PrefetchTensorMap(&g.weights);
