@@ -81,18 +81,18 @@ __device__ TileIndex LocateTile(const KernelArgs& g, int tile) {
   return {rest / g.tiles_m, (tile - rest * g.tiles_n) * S::kTileN, static_cast<uint32_t>(rest % g.tiles_m) * kRows};
 }
 
-// A block's tiles, one a round, and its share of the loads of each.
+// A block's tiles, and its share of the loads of each.
 template <typename S>
 struct Schedule {
   int tile, step, rank = 0;
   __device__ explicit Schedule(const KernelArgs& g) : tile(blockIdx.x), step(gridDim.x) {
     if constexpr (S::kSplit) rank = static_cast<int>(ptx::ClusterRank()), tile = blockIdx.x / g.splits, step = g.tiles;
   }
-  // Of every second round in reverse where tiles differ, as those of several lists do, the longest of which come first:
-  // else blocks that begin with one would have one more.
-  __device__ int Tile(const KernelArgs& g, int round) const {
-    const bool reverse = S::kShare == 1 && !S::kSplit && g.lists > 1 && round % 2 == 1;
-    return round * step + (reverse ? step - 1 - tile : tile);
+  // The tile of turn `t`, which goes from `tile` on in steps. Where tiles differ, as those of several lists do, the longest
+  // of which come first, every second round is in reverse: else blocks that begin with a long one would have one more.
+  __device__ int Turn(const KernelArgs& g, int t) const {
+    if (S::kShare == 1 && !S::kSplit && g.lists > 1 && t / step % 2 == 1) return t + step - 1 - 2 * tile;
+    return t;
   }
   __device__ int First(const KernelArgs& g, int loads) const { return S::kSplit ? loads * rank / g.splits : 0; }
   __device__ int Last(const KernelArgs& g, int loads) const {
@@ -120,8 +120,8 @@ __device__ void LoadTiles(const KernelArgs& g, uint32_t a_shared, uint32_t b_sha
   Ring<S::kStagesA> a;
   Ring<S::kStagesB> b;
   const Schedule<S> schedule(g);
-  for (int round = 0, t; (t = schedule.Tile(g, round)) < g.tiles; ++round) {
-    const TileIndex tile = LocateTile<S>(g, t);
+  for (int t = schedule.tile; schedule.Turn(g, t) < g.tiles; t += schedule.step) {
+    const TileIndex tile = LocateTile<S>(g, schedule.Turn(g, t));
     int load = 0;
     const int first = schedule.First(g, Loads(g, tile.list)), last = schedule.Last(g, Loads(g, tile.list));
     Position at[2];
@@ -280,8 +280,8 @@ __device__ void Multiply(const KernelArgs& g, int group_index, uint32_t a_shared
   Ring<S::kStagesA> a, a_done;
   Ring<S::kStagesB> b, b_done;
   const Schedule<S> schedule(g);
-  for (int round = 0, t; (t = schedule.Tile(g, round)) < g.tiles; ++round) {
-    const TileIndex tile = LocateTile<S>(g, t);
+  for (int t = schedule.tile; schedule.Turn(g, t) < g.tiles; t += schedule.step) {
+    const TileIndex tile = LocateTile<S>(g, schedule.Turn(g, t));
     if (lane < kRounds * 16) {  // the rows of this warp, one a lane
       const int row = lane / 16 * 64 + warp * 16 + lane % 16;
       const uint32_t m = tile.m + row + (S::kPairs ? 0 : group_index * S::kWarpM);
