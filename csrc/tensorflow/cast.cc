@@ -5,7 +5,7 @@
 #include "cast/gpu.h"
 #endif
 
-namespace unet_fast {
+namespace unet_fast::cast_kernels {
 namespace {
 
 using tensorflow::OpKernel;
@@ -58,4 +58,4 @@ REGISTER_OP("UnetFastCast")
 UNET_FAST_REGISTER_KERNELS("UnetFastCast", Cast);
 
 }  // namespace
-}  // namespace unet_fast
+}  // namespace unet_fast::cast_kernels

@@ -6,7 +6,7 @@
 #include "conv/gpu.h"
 #endif
 
-namespace unet_fast {
+namespace unet_fast::conv2d_bias_relu_kernels {
 namespace {
 
 using tensorflow::OpKernel;
@@ -245,4 +245,4 @@ UNET_FAST_REGISTER_KERNELS("UnetFastConv2DBiasRelu", Forward);
 UNET_FAST_REGISTER_KERNELS("UnetFastConv2DBiasReluGrad", Grad);
 
 }  // namespace
-}  // namespace unet_fast
+}  // namespace unet_fast::conv2d_bias_relu_kernels

@@ -6,7 +6,7 @@
 #include "conv/gpu.h"
 #endif
 
-namespace unet_fast {
+namespace unet_fast::conv2d_transpose_bias_relu_kernels {
 namespace {
 
 using tensorflow::OpKernel;
@@ -167,4 +167,4 @@ UNET_FAST_REGISTER_KERNELS("UnetFastConv2DTransposeBiasRelu", Forward);
 UNET_FAST_REGISTER_KERNELS("UnetFastConv2DTransposeBiasReluGrad", Grad);
 
 }  // namespace
-}  // namespace unet_fast
+}  // namespace unet_fast::conv2d_transpose_bias_relu_kernels

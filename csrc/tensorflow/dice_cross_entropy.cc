@@ -7,7 +7,7 @@
 #include "loss/gpu.h"
 #endif
 
-namespace unet_fast {
+namespace unet_fast::dice_cross_entropy_kernels {
 namespace {
 
 using tensorflow::OpKernel;
@@ -176,4 +176,4 @@ UNET_FAST_REGISTER_KERNELS("UnetFastDiceCrossEntropy", Forward);
 UNET_FAST_REGISTER_KERNELS("UnetFastDiceCrossEntropyGrad", Grad);
 
 }  // namespace
-}  // namespace unet_fast
+}  // namespace unet_fast::dice_cross_entropy_kernels

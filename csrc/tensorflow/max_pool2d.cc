@@ -7,7 +7,7 @@
 #include "pool/gpu.h"
 #endif
 
-namespace unet_fast {
+namespace unet_fast::max_pool2d_kernels {
 namespace {
 
 using tensorflow::OpKernel;
@@ -105,4 +105,4 @@ UNET_FAST_REGISTER_KERNELS("UnetFastMaxPool2D", Forward);
 UNET_FAST_REGISTER_KERNELS("UnetFastMaxPool2DGrad", Grad);
 
 }  // namespace
-}  // namespace unet_fast
+}  // namespace unet_fast::max_pool2d_kernels

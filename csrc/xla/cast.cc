@@ -3,7 +3,7 @@
 
 #include "tensorflow/compiler/tf2xla/type_util.h"
 
-namespace unet_fast {
+namespace unet_fast::cast_lowering {
 namespace {
 
 class Cast : public tensorflow::XlaOpKernel {
@@ -28,4 +28,4 @@ class Cast : public tensorflow::XlaOpKernel {
 UNET_FAST_REGISTER_XLA("UnetFastCast", Cast);
 
 }  // namespace
-}  // namespace unet_fast
+}  // namespace unet_fast::cast_lowering

@@ -4,7 +4,7 @@
 #include "conv/gpu.h"
 #endif
 
-namespace unet_fast {
+namespace unet_fast::conv2d_bias_relu_lowering {
 namespace {
 
 class Base : public tensorflow::XlaOpKernel {
@@ -105,4 +105,4 @@ UNET_FAST_REGISTER_XLA("UnetFastConv2DBiasRelu", Forward);
 UNET_FAST_REGISTER_XLA("UnetFastConv2DBiasReluGrad", Grad);
 
 }  // namespace
-}  // namespace unet_fast
+}  // namespace unet_fast::conv2d_bias_relu_lowering

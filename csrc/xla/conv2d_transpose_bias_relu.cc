@@ -4,7 +4,7 @@
 #include "conv/gpu.h"
 #endif
 
-namespace unet_fast {
+namespace unet_fast::conv2d_transpose_bias_relu_lowering {
 namespace {
 
 class Base : public tensorflow::XlaOpKernel {
@@ -84,4 +84,4 @@ UNET_FAST_REGISTER_XLA("UnetFastConv2DTransposeBiasRelu", Forward);
 UNET_FAST_REGISTER_XLA("UnetFastConv2DTransposeBiasReluGrad", Grad);
 
 }  // namespace
-}  // namespace unet_fast
+}  // namespace unet_fast::conv2d_transpose_bias_relu_lowering

@@ -4,7 +4,7 @@
 #include "loss/gpu.h"
 #endif
 
-namespace unet_fast {
+namespace unet_fast::dice_cross_entropy_lowering {
 namespace {
 
 class Base : public tensorflow::XlaOpKernel {
@@ -87,4 +87,4 @@ UNET_FAST_REGISTER_XLA("UnetFastDiceCrossEntropy", Forward);
 UNET_FAST_REGISTER_XLA("UnetFastDiceCrossEntropyGrad", Grad);
 
 }  // namespace
-}  // namespace unet_fast
+}  // namespace unet_fast::dice_cross_entropy_lowering

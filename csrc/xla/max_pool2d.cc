@@ -1,7 +1,7 @@
 // Lowering of UnetFastMaxPool2D and its gradient.
 #include "xla/lowering.h"
 
-namespace unet_fast {
+namespace unet_fast::max_pool2d_lowering {
 namespace {
 
 class Forward : public tensorflow::XlaOpKernel {
@@ -29,4 +29,4 @@ UNET_FAST_REGISTER_XLA("UnetFastMaxPool2D", Forward);
 UNET_FAST_REGISTER_XLA("UnetFastMaxPool2DGrad", Grad);
 
 }  // namespace
-}  // namespace unet_fast
+}  // namespace unet_fast::max_pool2d_lowering
