@@ -1,6 +1,11 @@
 // Which engine runs a product. What was forced or measured comes first; else sm90 where the device is a Hopper GPU and
-// the build has its kernels, and cudnn on any other; what neither serves goes to wmma, which serves everything.
+// the build has its kernels, and cudnn on any other; what neither serves goes to wmma, which serves everything. So does
+// what was to run on one that fails.
 #include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
 #include <utility>
 
 #include "common/cuda.cuh"
@@ -39,6 +44,30 @@ int Config(const Choice& choice, Engine engine) {
   return choice.engine == engine || choice.engine == Engine::kAuto ? choice.config : -1;
 }
 
+#if defined(UNET_FAST_CUDNN) || defined(UNET_FAST_SM90)
+std::atomic<bool>& HasFailed(Engine engine) {
+  static std::atomic<bool> failed[3];
+  return failed[static_cast<int>(engine)];
+}
+
+// Whether the next engine is to run a product that ended in `status` on this one: it is not served, or the engine fails,
+// as cuDNN may in a process that lacks a part of it. That is said once, and the engine not asked again.
+bool PassesOn(Engine engine, int status) {
+  if (status == cudaErrorNotSupported) return true;
+  if (status == 0) return false;
+  const char* require = std::getenv("UNET_FAST_REQUIRE_KERNELS");
+  if (require != nullptr && std::string(require) == "1") return false;
+  if (!HasFailed(engine).exchange(true)) {
+    std::fprintf(stderr,
+                 "unet_fast: the engine %s failed (%s) and is left out from now on; with UNET_FAST_REQUIRE_KERNELS=1 that "
+                 "is an error\n",
+                 EngineName(engine), cudaGetErrorString(static_cast<cudaError_t>(status)));
+  }
+  cudaGetLastError();  // is not the next engine's
+  return true;
+}
+#endif
+
 #ifdef UNET_FAST_CUDNN
 // Left open, a Hopper GPU has kernels of its own, which are the slower ones in gradients of transposed convolutions of
 // these sizes (measured on an H100: up to 1.25 times the time); others have portable ones only.
@@ -47,6 +76,7 @@ bool CudnnWins(const WgradArgs& g) { return g.stride == 2 && g.n >= 512; }
 
 template <typename Args>
 bool TriesCudnn(const Choice& choice, const Args& args, int capability) {
+  if (HasFailed(Engine::kCudnn)) return false;
 #ifdef UNET_FAST_SM90
   if (choice.engine == Engine::kAuto && capability == 90) return CudnnWins(args);
 #endif
@@ -59,28 +89,24 @@ bool TriesCudnn(const Choice& choice, const Args& args) {
 #endif
 
 #ifdef UNET_FAST_SM90
-bool TriesSm90(const Choice& choice) { return choice.engine != Engine::kWmma && ComputeCapability() == 90; }
+bool TriesSm90(const Choice& choice) {
+  return choice.engine != Engine::kWmma && !HasFailed(Engine::kSm90) && ComputeCapability() == 90;
+}
 
-// False where the engine does not serve the product; else its status in `status`.
-bool GemmOnSm90(void* stream, DType dtype, const GemmArgs& args, int forced, int* status) {
+int GemmOnSm90(void* stream, DType dtype, const GemmArgs& args, int forced) {
   int config = sm90::ChooseGemm(args, forced);
-  if (config >= 0) {
-    *status = sm90::ImplicitGemm(stream, dtype, args, config);
-    return true;
-  }
-  if (args.pooled == nullptr) return false;
+  if (config >= 0) return sm90::ImplicitGemm(stream, dtype, args, config);
+  if (args.pooled == nullptr) return cudaErrorNotSupported;
   GemmArgs plain = args;  // pooled in a pass of its own where the epilogue cannot
   plain.pooled = nullptr;
   config = sm90::ChooseGemm(plain, forced);
-  if (config < 0) return false;
-  *status = sm90::ImplicitGemm(stream, dtype, plain, config);
-  if (*status == 0) {
-    *status = MaxPool2D(stream, dtype, args.batch, args.out_h, args.out_w, args.n, args.result[0].data, args.pooled);
-  }
-  return true;
+  if (config < 0) return cudaErrorNotSupported;
+  UNET_FAST_CUDA_RETURN_IF_ERROR(sm90::ImplicitGemm(stream, dtype, plain, config));
+  return MaxPool2D(stream, dtype, args.batch, args.out_h, args.out_w, args.n, args.result[0].data, args.pooled);
 }
 
 int WgradOnSm90(void* stream, DType dtype, const WgradArgs& args, const sm90::WgradPlan& plan) {
+  if (plan.config < 0) return cudaErrorNotSupported;
   UNET_FAST_CUDA_RETURN_IF_ERROR(
       sm90::Wgrad(stream, dtype, args, plan, args.dbias != nullptr ? args.bias_slabs : nullptr));
   const SlabSum bias = {args.bias_slabs, args.n, args.dbias};
@@ -108,12 +134,14 @@ int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, const Conv2DTu
 #ifdef UNET_FAST_CUDNN
   if (TriesCudnn(choice, args)) {
     const int status = cudnn::Gemm(stream, dtype, args, Config(choice, Engine::kCudnn), workspace);
-    if (status != cudaErrorNotSupported) return status;
+    if (!PassesOn(Engine::kCudnn, status)) return status;
   }
 #endif
 #ifdef UNET_FAST_SM90
-  int status;
-  if (TriesSm90(choice) && GemmOnSm90(stream, dtype, args, Config(choice, Engine::kSm90), &status)) return status;
+  if (TriesSm90(choice)) {
+    const int status = GemmOnSm90(stream, dtype, args, Config(choice, Engine::kSm90));
+    if (!PassesOn(Engine::kSm90, status)) return status;
+  }
 #endif
   return wmma::ImplicitGemm(stream, dtype, args, Config(choice, Engine::kWmma));
 }
@@ -163,13 +191,14 @@ int Wgrad(void* stream, DType dtype, const WgradArgs& args, const Conv2DTuning& 
   if (TriesCudnn(choice, args)) {
     const int status = cudnn::Wgrad(stream, dtype, args, Config(choice, Engine::kCudnn), args.slabs);
     if (status == 0 && args.dbias != nullptr) return SumOverPixels(stream, dtype, args);
-    if (status != cudaErrorNotSupported) return status;
+    if (!PassesOn(Engine::kCudnn, status)) return status;
   }
 #endif
 #ifdef UNET_FAST_SM90
   if (TriesSm90(choice)) {
     const sm90::WgradPlan plan = sm90::PlanWgrad(args, Config(choice, Engine::kSm90), choice.splits);
-    if (plan.config >= 0) return WgradOnSm90(stream, dtype, args, plan);
+    const int status = WgradOnSm90(stream, dtype, args, plan);
+    if (!PassesOn(Engine::kSm90, status)) return status;
   }
 #endif
   if (args.dbias != nullptr) UNET_FAST_CUDA_RETURN_IF_ERROR(SumOverPixels(stream, dtype, args));
@@ -283,7 +312,7 @@ std::string OnCudnn(const Product& p, const Choice& choice, int capability) {
 
 std::string OnSm90(const Product& p, const Choice& choice, int capability) {
 #ifdef UNET_FAST_SM90
-  if (capability != 90 || choice.engine == Engine::kWmma) return "";
+  if (capability != 90 || choice.engine == Engine::kWmma || HasFailed(Engine::kSm90)) return "";
   const int forced = Config(choice, Engine::kSm90);
   if (p.is_wgrad) {
     const sm90::WgradPlan plan = sm90::PlanWgrad(p.wgrad, forced, choice.splits);
