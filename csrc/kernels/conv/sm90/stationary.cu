@@ -108,7 +108,7 @@ int StationaryGemm(void* stream, DType dtype, const GemmArgs& g) {
 int Upsample(void* stream, DType dtype, const GemmArgs& g) {
   const GemmSource& source = g.source[0];
   const GemmResult& result = g.result[0];
-  const int cols = StripColumns(g.out_w, 48);
+  constexpr int cols = upsampling::kCols;
   UpsamplingArgs k = {};
   const ImageMap pixels = {source.data,       source.channels,     g.source_w, g.source_h, g.batch,
                            source.row_stride, source.image_stride, cols + 1,   1};
@@ -124,15 +124,10 @@ int Upsample(void* stream, DType dtype, const GemmArgs& g) {
   k.n = g.n, k.tiles = static_cast<int>(tiles_per_image * g.batch);
   k.bias = g.bias, k.relu = g.relu;
   const auto launch = [&](auto kernel) -> int {
-    return Launch(kernel, std::min(k.tiles, Multiprocessors()), kStationaryThreads, upsampling::kSharedBytes, stream,
-                  k);
+    const int blocks = std::min(k.tiles, Multiprocessors());
+    return Launch(kernel, blocks, upsampling::kThreads, upsampling::kSharedBytes, stream, k);
   };
-  const auto with = [&](auto type) -> int {
-    using T = decltype(type);
-    if (cols == 48) return launch(UpsamplingKernel<T, 48>);
-    return cols == 56 ? launch(UpsamplingKernel<T, 56>) : launch(UpsamplingKernel<T, 64>);
-  };
-  return dtype == DType::kFloat16 ? with(__half()) : with(__nv_bfloat16());
+  return dtype == DType::kFloat16 ? launch(UpsamplingKernel<__half>) : launch(UpsamplingKernel<__nv_bfloat16>);
 }
 
 }  // namespace unet_fast::gpu::sm90

@@ -1,11 +1,13 @@
 // A 3x3 transposed convolution of stride 2 with up to 128 channels and 64 results, in the way of stationary.cuh: at
-// full resolution its sums are so short that another kernel spends its time on loads and on storing. Each of two
-// warpgroups keeps the weights of 64 channels and all taps in registers. Of each tile the first one stores the even row
-// of results and the second one the odd row, to which it adds what the other one's channels gave.
+// full resolution its sums are so short that another kernel spends its time on loads and on storing.
 //
 // A tile is kCols pixels of a row of the source, which make two rows of 2 kCols results: the even row has taps r = 0 of
 // the source's row and r = 2 of the row above, the odd one r = 1; columns likewise. Tiles follow one another down a
 // strip, so one row of pixels is loaded for each.
+//
+// Three warpgroups keep 24 pieces of the weights in registers each, which is a third of all: the first two have the even
+// row's taps, for 64 channels each, and the first one adds up what both gave and stores it; the third one has the odd
+// row's taps for all 128. So while some put results together, others keep the tensor cores busy.
 #pragma once
 
 #include "conv/sm90/stationary.cuh"
@@ -23,16 +25,20 @@ struct UpsamplingArgs {
 namespace upsampling {
 
 using stationary::kTap;
-using stationary::LoadWeights;
 
-constexpr int kSlots = 5, kStage = 9 * 1024;  // of a row of pixels; two stages a slot, of 64 channels each
-constexpr int kOut = 128 * 128, kSums = 2 * 64 * 64 * 4;
+constexpr int kCols = 40;  // 200 columns without a rest, and sums that fit beside the weights
+constexpr int kThreads = 512;
+constexpr int kSlots = 8, kStage = 6 * 1024;  // of a row of pixels; two stages a slot, of 64 channels each
+constexpr int kOut = 2 * kCols * 128, kSums = 2 * kCols * 64 * 4;  // of a row of results; two of each
 constexpr int kBarriers = 4 * kSlots + 6;
 constexpr int kData = 2 * (kSlots * kStage + kOut + kSums);
 constexpr size_t kSharedBytes = 1024 + kData + kBarriers * 8;
+static_assert((kCols + 1) * 128 <= kStage);
 static_assert(2 * 9 * kTap <= kData, "the weights pass through, before there are data");
+static_assert(kSharedBytes <= 227 << 10);
 
 using Ring = stationary::Ring<kSlots>;
+using Sum = float[2][kCols / 2];  // of even and of odd columns
 
 struct Shared {
   uint32_t stages, barriers;
@@ -41,15 +47,14 @@ struct Shared {
     barriers = stages + kData;
   }
   __device__ uint32_t Stage(int i) const { return stages + i * kStage; }
-  // Of the warpgroup that stores: its results, and the other one's sums.
-  __device__ uint32_t Out(int group) const { return stages + 2 * kSlots * kStage + group * kOut; }
-  __device__ uint32_t Sums(int group) const { return stages + 2 * (kSlots * kStage + kOut) + group * kSums; }
+  __device__ uint32_t Out(int odd) const { return stages + 2 * kSlots * kStage + odd * kOut; }
+  __device__ uint32_t Sums(int i) const { return stages + 2 * (kSlots * kStage + kOut) + i * kSums; }
   __device__ uint32_t Full(int i) const { return barriers + i * 8; }
   __device__ uint32_t Empty(int i) const { return barriers + (2 * kSlots + i) * 8; }
   __device__ uint32_t WeightsFull() const { return barriers + 4 * kSlots * 8; }
   __device__ uint32_t WeightsRead() const { return barriers + (4 * kSlots + 1) * 8; }
-  __device__ uint32_t SumsFull(int group) const { return barriers + (4 * kSlots + 2 + group) * 8; }
-  __device__ uint32_t SumsEmpty(int group) const { return barriers + (4 * kSlots + 4 + group) * 8; }
+  __device__ uint32_t SumsFull(int i) const { return barriers + (4 * kSlots + 2 + i) * 8; }
+  __device__ uint32_t SumsEmpty(int i) const { return barriers + (4 * kSlots + 4 + i) * 8; }
 };
 
 struct Tile {
@@ -61,7 +66,16 @@ struct Tile {
   }
 };
 
-template <int kCols>
+// A block's tile, and what of the ring it takes.
+struct Turn {
+  bool first, last;  // of a strip, as this block sees it
+  __device__ Turn(const UpsamplingArgs& g, const stationary::Part& part, int t) {
+    const Tile tile(g, t);
+    first = t == part.begin || tile.row == 0;
+    last = t + 1 == part.end || tile.row + 1 == static_cast<int>(g.rows.d);
+  }
+};
+
 __device__ void Load(const UpsamplingArgs& g, const Shared& shared) {
   ptx::BarrierArriveExpect(shared.WeightsFull(), 2 * 9 * kTap);
   for (int i = 0; i < 18; ++i) {
@@ -74,35 +88,57 @@ __device__ void Load(const UpsamplingArgs& g, const Shared& shared) {
     const Tile tile(g, t);
     for (int row = t == part.begin || tile.row == 0 ? -1 : 0; row <= 0; ++row, ++ring.count) {
 #pragma unroll
-      for (int group = 0; group < 2; ++group) {
-        const int stage = ring.Slot() * 2 + group;
+      for (int half = 0; half < 2; ++half) {
+        const int stage = ring.Slot() * 2 + half;
         ptx::BarrierWait(shared.Empty(stage), ring.Parity() ^ 1);
         ptx::BarrierArriveExpect(shared.Full(stage), (kCols + 1) * 128);
-        ptx::LoadTile4D(shared.Stage(stage), &g.source, shared.Full(stage), group * 64, tile.strip * kCols - 1,
+        ptx::LoadTile4D(shared.Stage(stage), &g.source, shared.Full(stage), half * 64, tile.strip * kCols - 1,
                         tile.row + row, tile.image);
       }
     }
   }
 }
 
-// Products of a row of pixels, from the one left of the tile on, with row r of the kernel: to even and odd columns.
-template <typename T, int kCols>
-__device__ void MultiplyRow(float (&sum)[2][kCols / 2], const uint32_t (&a)[36][4], int r, uint32_t pixels,
-                            bool first) {
+// The weights of two rows of the kernel for 64 channels each, as the A operand: pieces of 16 channels, four a tap.
+__device__ void LoadWeights(const Shared& shared, const int (&first_tap)[2], uint32_t (&a)[24][4]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, matrix = lane / 8, row = lane % 8;
+  const int r = warp * 16 + matrix % 2 * 8 + row;
+  ptx::BarrierWait(shared.WeightsFull(), 0);
+#pragma unroll
+  for (int i = 0; i < 24; ++i) {
+    const int chunk = i % 4 * 2 + matrix / 2;
+    const uint32_t tap = shared.stages + (first_tap[i / 12] + i % 12 / 4) * kTap;
+    ptx::LoadMatrix<false>(tap + r * 128 + ((chunk ^ row) << 4), a[i]);
+  }
+  __syncwarp();
+  if (lane == 0) ptx::BarrierArrive(shared.WeightsRead());
+}
+
+template <typename T>
+__device__ void LoadBias(const UpsamplingArgs& g, float (&bias)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int n = threadIdx.x % 128 / 32 * 16 + h * 8 + threadIdx.x % 32 / 4;
+    bias[h] = g.bias != nullptr && n < g.n ? ToFloat(static_cast<const T*>(g.bias)[n]) : 0.0f;
+  }
+}
+
+// Products of a row of pixels, from the one left of the tile on, with a row of the kernel: to even and odd columns.
+template <typename T>
+__device__ void MultiplyRow(Sum& sum, const uint32_t (&a)[24][4], int piece, uint32_t pixels, bool first) {
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     const uint64_t b = ptx::Descriptor(pixels + (s == 2 ? 0 : 128));
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      ptx::WgmmaA<T, kCols>(sum[s % 2], a[(r * 3 + s) * 4 + k], b + (k * 32 >> 4), first && s < 2 && k == 0 ? 0 : 1);
+      ptx::WgmmaA<T, kCols>(sum[s % 2], a[piece + s * 4 + k], b + (k * 32 >> 4), first && s < 2 && k == 0 ? 0 : 1);
     }
   }
 }
 
 // A row of results to shared memory, pixel by pixel.
-template <typename T, int kCols>
-__device__ void PutTogether(const UpsamplingArgs& g, const float (&sum)[2][kCols / 2], const float (&bias)[2],
-                            uint32_t out) {
+template <typename T>
+__device__ void PutTogether(const UpsamplingArgs& g, const Sum& sum, const float (&bias)[2], uint32_t out) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
   const int chunk = warp * 2 + matrix % 2;
 #pragma unroll
@@ -122,100 +158,124 @@ __device__ void PutTogether(const UpsamplingArgs& g, const float (&sum)[2][kCols
   }
 }
 
-template <typename T, int kCols>
-__device__ void Multiply(const UpsamplingArgs& g, int group, const Shared& shared) {
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, warp = thread / 32;
-  uint32_t a[36][4];
-  ptx::BarrierWait(shared.WeightsFull(), 0);
-  LoadWeights<true>(shared.stages + group * 9 * kTap, warp, a);
-  __syncwarp();
-  if (lane == 0) ptx::BarrierArrive(shared.WeightsRead());
-
-  float bias[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int n = warp * 16 + h * 8 + lane / 4;
-    if (g.bias != nullptr && n < g.n) bias[h] = ToFloat(static_cast<const T*>(g.bias)[n]);
+template <typename T>
+__device__ void Store(const UpsamplingArgs& g, const Shared& shared, int t, int odd, const Sum& sum,
+                      const float (&bias)[2]) {
+  const int thread = threadIdx.x % 128, named_barrier = 1 + odd;
+  if (thread == 0) ptx::StoreWaitRead();  // the last row of results has left shared memory
+  ptx::NamedBarrier(named_barrier, 128);
+  PutTogether<T>(g, sum, bias, shared.Out(odd));
+  ptx::StoreFence();
+  ptx::NamedBarrier(named_barrier, 128);
+  if (thread == 0) {
+    const Tile tile(g, t);
+    ptx::StoreTile4D(&g.result, shared.Out(odd), 0, tile.strip * 2 * kCols, tile.row * 2 + odd, tile.image);
+    ptx::StoreCommit();
   }
-  // Named barriers.
-  const int turn = 1 + group, others_turn = 2 - group, own_results = 3 + group;
-  if (group == 1) ptx::NamedBarrierArrive(others_turn, 256);
+  __syncwarp();
+}
+
+// The even rows, from 64 channels; half 0 stores.
+template <typename T>
+__device__ void MultiplyEven(const UpsamplingArgs& g, int half, const Shared& shared) {
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  uint32_t a[24][4];
+  LoadWeights(shared, {half * 9 + 6, half * 9}, a);
+  float bias[2];
+  LoadBias<T>(g, bias);
   Ring ring;  // at the row above the tile's
   const stationary::Part part(g.tiles, 1);
   for (int t = part.begin; t < part.end; ++t, ++ring.count) {
-    const uint32_t parity = t - part.begin & 1;  // each tile takes the sums' barriers through a phase
-    const Tile at(g, t);
-    const bool first = t == part.begin || at.row == 0;
-    const bool last = t + 1 == part.end || at.row + 1 == static_cast<int>(g.rows.d);
+    const Turn turn(g, part, t);
     const Ring next = {ring.count + 1};
-    const int above = ring.Slot() * 2 + group, own = next.Slot() * 2 + group;
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {  // rows of results
-      const bool end = odd == 1 && t + 1 == part.end;
-      float sum[2][kCols / 2];
-      ptx::NamedBarrier(turn, 256);
-      if (odd == 0) {
-        ptx::BarrierWait(shared.Full(above), ring.Parity());
-        ptx::WgmmaFence();
-        MultiplyRow<T, kCols>(sum, a, 2, shared.Stage(above), true);
-        ptx::BarrierWait(shared.Full(own), next.Parity());
-        ptx::WgmmaFence();
-        MultiplyRow<T, kCols>(sum, a, 0, shared.Stage(own), false);
-      } else {
-        ptx::WgmmaFence();
-        MultiplyRow<T, kCols>(sum, a, 1, shared.Stage(own), true);
-      }
-      ptx::WgmmaCommit();
-      if (group == 0 || !end) ptx::NamedBarrierArrive(others_turn, 256);  // unless it was the other's last turn
-      ptx::WgmmaWait<0>();
-      if (lane == 0) {
-        if (odd == 0) {
-          ptx::BarrierArrive(shared.Empty(above), first ? 2 : 1);
-        } else {
-          ptx::BarrierArrive(shared.Empty(own), last ? 2 : 1);
-        }
-      }
-      const uint32_t sums = shared.Sums(odd) + thread * 16;
-      if (group != odd) {
-        ptx::BarrierWait(shared.SumsEmpty(odd), parity ^ 1);
-#pragma unroll
-        for (int i = 0; i < kCols; i += 4) {
-          const float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
-          ptx::StoreShared4(sums + i / 4 * 2048, v[0], v[1], v[2], v[3]);
-        }
-        __syncwarp();
-        if (lane == 0) ptx::BarrierArrive(shared.SumsFull(odd));
-        continue;
-      }
-      ptx::BarrierWait(shared.SumsFull(odd), parity);
+    const int above = ring.Slot() * 2 + half, own = next.Slot() * 2 + half;
+    Sum sum;
+    ptx::BarrierWait(shared.Full(above), ring.Parity());
+    ptx::WgmmaFence();
+    MultiplyRow<T>(sum, a, 0, shared.Stage(above), true);
+    ptx::BarrierWait(shared.Full(own), next.Parity());
+    ptx::WgmmaFence();
+    MultiplyRow<T>(sum, a, 12, shared.Stage(own), false);
+    ptx::WgmmaCommit();
+    ptx::WgmmaWait<0>();
+    if (lane == 0) {
+      ptx::BarrierArrive(shared.Empty(above), turn.first ? 2 : 1);
+      ptx::BarrierArrive(shared.Empty(own), turn.last ? 2 : 1);
+    }
+    ring.count += turn.last;
+
+    // Two arrays of sums take turns; each time one goes through a phase of its barriers.
+    const int array = t - part.begin & 1;
+    const uint32_t parity = (t - part.begin) >> 1 & 1, sums = shared.Sums(array) + thread * 16;
+    if (half == 1) {
+      ptx::BarrierWait(shared.SumsEmpty(array), parity ^ 1);
 #pragma unroll
       for (int i = 0; i < kCols; i += 4) {
-        float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
-        const float4 w = ptx::LoadShared4(sums + i / 4 * 2048);
-        v[0] += w.x, v[1] += w.y, v[2] += w.z, v[3] += w.w;
+        const float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
+        ptx::StoreShared4(sums + i / 4 * 2048, v[0], v[1], v[2], v[3]);
       }
       __syncwarp();
-      if (lane == 0) ptx::BarrierArrive(shared.SumsEmpty(odd));
-      ptx::NamedBarrier(own_results, 128);  // the last row of results has left shared memory
-      PutTogether<T, kCols>(g, sum, bias, shared.Out(group));
-      ptx::StoreFence();
-      ptx::NamedBarrier(own_results, 128);
-      if (thread == 0) {
-        const Tile tile(g, t);
-        ptx::StoreTile4D(&g.result, shared.Out(group), 0, tile.strip * 2 * kCols, tile.row * 2 + odd, tile.image);
-        ptx::StoreCommit();
-        ptx::StoreWaitRead();
-      }
-      __syncwarp();
+      if (lane == 0) ptx::BarrierArrive(shared.SumsFull(array));
+      continue;
     }
-    ring.count += last;
+    ptx::BarrierWait(shared.SumsFull(array), parity);
+#pragma unroll
+    for (int i = 0; i < kCols; i += 4) {
+      float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
+      const float4 w = ptx::LoadShared4(sums + i / 4 * 2048);
+      v[0] += w.x, v[1] += w.y, v[2] += w.z, v[3] += w.w;
+    }
+    __syncwarp();
+    if (lane == 0) ptx::BarrierArrive(shared.SumsEmpty(array));
+    Store<T>(g, shared, t, 0, sum, bias);
   }
+  if (thread == 0) ptx::StoreWaitRead();
+}
+
+// The odd rows, from all channels.
+template <typename T>
+__device__ void MultiplyOdd(const UpsamplingArgs& g, const Shared& shared) {
+  const int lane = threadIdx.x % 32;
+  uint32_t a[24][4];
+  LoadWeights(shared, {3, 9 + 3}, a);
+  float bias[2];
+  LoadBias<T>(g, bias);
+  Ring ring;
+  const stationary::Part part(g.tiles, 1);
+  for (int t = part.begin; t < part.end; ++t, ++ring.count) {
+    const Turn turn(g, part, t);
+    if (turn.first) {  // a row that this warpgroup has no use for; it must be there before it is given back
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        ptx::BarrierWait(shared.Full(ring.Slot() * 2 + half), ring.Parity());
+        if (lane == 0) ptx::BarrierArrive(shared.Empty(ring.Slot() * 2 + half));
+      }
+    }
+    const Ring next = {ring.count + 1};
+    const int own = next.Slot() * 2;
+    Sum sum;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      ptx::BarrierWait(shared.Full(own + half), next.Parity());
+      ptx::WgmmaFence();
+      MultiplyRow<T>(sum, a, half * 12, shared.Stage(own + half), half == 0);
+    }
+    ptx::WgmmaCommit();
+    ptx::WgmmaWait<0>();
+    if (lane == 0) {
+      ptx::BarrierArrive(shared.Empty(own));
+      ptx::BarrierArrive(shared.Empty(own + 1));
+    }
+    ring.count += turn.last;
+    Store<T>(g, shared, t, 1, sum, bias);
+  }
+  if (threadIdx.x % 128 == 0) ptx::StoreWaitRead();
 }
 
 }  // namespace upsampling
 
-template <typename T, int kCols>
-__global__ __launch_bounds__(kStationaryThreads, 1) void UpsamplingKernel(const __grid_constant__ UpsamplingArgs g) {
+template <typename T>
+__global__ __launch_bounds__(upsampling::kThreads, 1) void UpsamplingKernel(const __grid_constant__ UpsamplingArgs g) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace upsampling;
   extern __shared__ unsigned char memory[];
@@ -223,13 +283,14 @@ __global__ __launch_bounds__(kStationaryThreads, 1) void UpsamplingKernel(const 
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2 * kSlots; ++i) {
       ptx::BarrierInit(shared.Full(i), 1);
-      ptx::BarrierInit(shared.Empty(i), 8);  // the four warps that multiply with it, twice
+      // Of the warps that multiply with it, four twice and four once.
+      ptx::BarrierInit(shared.Empty(i), 12);
     }
     ptx::BarrierInit(shared.WeightsFull(), 1);
-    ptx::BarrierInit(shared.WeightsRead(), 8);
-    for (int group = 0; group < 2; ++group) {
-      ptx::BarrierInit(shared.SumsFull(group), 4);
-      ptx::BarrierInit(shared.SumsEmpty(group), 4);
+    ptx::BarrierInit(shared.WeightsRead(), 12);
+    for (int i = 0; i < 2; ++i) {
+      ptx::BarrierInit(shared.SumsFull(i), 4);
+      ptx::BarrierInit(shared.SumsEmpty(i), 4);
     }
     ptx::BarrierInitFence();
     ptx::PrefetchTensorMap(&g.source);
@@ -237,12 +298,17 @@ __global__ __launch_bounds__(kStationaryThreads, 1) void UpsamplingKernel(const 
     ptx::PrefetchTensorMap(&g.result);
   }
   __syncthreads();
-  if (threadIdx.x >= 256) {
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (group == 3) {
     ptx::ShrinkRegisters<24>();
-    if (threadIdx.x == 256) Load<kCols>(g, shared);
+    if (threadIdx.x == 384) Load(g, shared);
   } else {
-    ptx::GrowRegisters<240>();
-    Multiply<T, kCols>(g, __shfl_sync(~0u, threadIdx.x / 128, 0), shared);
+    ptx::GrowRegisters<160>();
+    if (group == 2) {
+      MultiplyOdd<T>(g, shared);
+    } else {
+      MultiplyEven<T>(g, group, shared);
+    }
   }
 #endif
 }
