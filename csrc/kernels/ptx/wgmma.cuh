@@ -33,6 +33,16 @@ __device__ void WgmmaWait() {
       "+f"(d[i + 7])
 #define UNET_FAST_D32(i) UNET_FAST_D8(i), UNET_FAST_D8(i + 8), UNET_FAST_D8(i + 16), UNET_FAST_D8(i + 24)
 
+#define UNET_FAST_WGMMA_40(type)                                                                 \
+  asm volatile(                                                                                  \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %22, 0;\n"                                               \
+      "wgmma.mma_async.sync.aligned.m64n40k16.f32." type "." type                                \
+      " {"                                                                                       \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19" \
+      "}, %20, %21, p, 1, 1, %23, %24;\n}\n"                                                     \
+      : UNET_FAST_D8(0), UNET_FAST_D8(8), UNET_FAST_D4(16)                                       \
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
+
 #define UNET_FAST_WGMMA_64(type)                                                                             \
   asm volatile(                                                                                              \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                           \
@@ -136,7 +146,9 @@ __device__ void WgmmaA(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, i
 template <typename T, int kN, int kTransposeA, int kTransposeB>
 __device__ void Wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  static_assert(kN == 64 || kN == 128 || kN == 256);
+  static_assert(kN == 40 || kN == 64 || kN == 128 || kN == 256);
+  if constexpr (kN == 40 && kHalf) UNET_FAST_WGMMA_40("f16");
+  if constexpr (kN == 40 && !kHalf) UNET_FAST_WGMMA_40("bf16");
   if constexpr (kN == 64 && kHalf) UNET_FAST_WGMMA_64("f16");
   if constexpr (kN == 64 && !kHalf) UNET_FAST_WGMMA_64("bf16");
   if constexpr (kN == 128 && kHalf) UNET_FAST_WGMMA_128("f16");
@@ -149,6 +161,7 @@ __device__ void Wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate
 #undef UNET_FAST_WGMMA_A48
 #undef UNET_FAST_WGMMA_A56
 #undef UNET_FAST_WGMMA_A64
+#undef UNET_FAST_WGMMA_40
 #undef UNET_FAST_WGMMA_64
 #undef UNET_FAST_WGMMA_128
 #undef UNET_FAST_WGMMA_256

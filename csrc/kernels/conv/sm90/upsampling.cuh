@@ -5,9 +5,10 @@
 // the source's row and r = 2 of the row above, the odd one r = 1; columns likewise. Tiles follow one another down a
 // strip, so one row of pixels is loaded for each.
 //
-// Three warpgroups keep 24 pieces of the weights in registers each, which is a third of all: the first two have the even
-// row's taps, for 64 channels each, and the first one adds up what both gave and stores it; the third one has the odd
-// row's taps for all 128. So while some put results together, others keep the tensor cores busy.
+// Three warpgroups keep a third of the weights each, of six taps and 64 channels: the first two the even row's, and the first
+// one adds up what both gave and stores it; the third one has the odd row's three taps for all 128 channels. So while
+// some put results together, others keep the tensor cores busy. Of a warpgroup's weights five taps are in registers,
+// and one, for which there are none left, in shared memory.
 #pragma once
 
 #include "conv/sm90/stationary.cuh"
@@ -31,8 +32,9 @@ constexpr int kThreads = 512;
 constexpr int kSlots = 8, kStage = 6 * 1024;  // of a row of pixels; two stages a slot, of 64 channels each
 constexpr int kOut = 2 * kCols * 128, kSums = 2 * kCols * 64 * 4;  // of a row of results; two of each
 constexpr int kBarriers = 4 * kSlots + 6;
-constexpr int kData = 2 * (kSlots * kStage + kOut + kSums);
-constexpr size_t kSharedBytes = 1024 + kData + kBarriers * 8;
+constexpr int kPieces = 20;  // of 16 channels, of a tap: those in registers, of 24
+constexpr int kData = 2 * (kSlots * kStage + kOut + kSums), kKept = 3 * kTap;
+constexpr size_t kSharedBytes = 1024 + kData + kKept + kBarriers * 8;
 static_assert((kCols + 1) * 128 <= kStage);
 static_assert(2 * 9 * kTap <= kData, "the weights pass through, before there are data");
 static_assert(kSharedBytes <= 227 << 10);
@@ -44,11 +46,12 @@ struct Shared {
   uint32_t stages, barriers;
   __device__ explicit Shared(const void* memory) {
     stages = (ptx::SharedAddress(memory) + 1023) & ~1023u;  // the swizzle repeats every 1024 bytes
-    barriers = stages + kData;
+    barriers = stages + kData + kKept;
   }
   __device__ uint32_t Stage(int i) const { return stages + i * kStage; }
   __device__ uint32_t Out(int odd) const { return stages + 2 * kSlots * kStage + odd * kOut; }
   __device__ uint32_t Sums(int i) const { return stages + 2 * (kSlots * kStage + kOut) + i * kSums; }
+  __device__ uint32_t Kept(int group) const { return stages + kData + group * kTap; }
   __device__ uint32_t Full(int i) const { return barriers + i * 8; }
   __device__ uint32_t Empty(int i) const { return barriers + (2 * kSlots + i) * 8; }
   __device__ uint32_t WeightsFull() const { return barriers + 4 * kSlots * 8; }
@@ -76,11 +79,23 @@ struct Turn {
   }
 };
 
-__device__ void Load(const UpsamplingArgs& g, const Shared& shared) {
-  ptx::BarrierArriveExpect(shared.WeightsFull(), 2 * 9 * kTap);
-  for (int i = 0; i < 18; ++i) {
-    ptx::LoadTile3D(shared.stages + i * kTap, &g.weights, shared.WeightsFull(), i / 9 * 64, 0, i % 9);
+// Of a warpgroup's weights: the first taps of its two rows of the kernel, of 18, those of the last 64 channels behind.
+struct FirstTaps {
+  int row[2];
+  __device__ static FirstTaps Of(int group) {
+    if (group == 2) return {{3, 9 + 3}};
+    return {{group * 9 + 6, group * 9}};
   }
+};
+
+__device__ void LoadTap(const UpsamplingArgs& g, const Shared& shared, int tap, uint32_t to) {
+  ptx::LoadTile3D(to, &g.weights, shared.WeightsFull(), tap / 9 * 64, 0, tap % 9);
+}
+
+__device__ void Load(const UpsamplingArgs& g, const Shared& shared) {
+  ptx::BarrierArriveExpect(shared.WeightsFull(), (18 + 3) * kTap);
+  for (int tap = 0; tap < 18; ++tap) LoadTap(g, shared, tap, shared.stages + tap * kTap);
+  for (int group = 0; group < 3; ++group) LoadTap(g, shared, FirstTaps::Of(group).row[1] + 2, shared.Kept(group));
   ptx::BarrierWait(shared.WeightsRead(), 0);
   Ring ring;
   const stationary::Part part(g.tiles, 1);
@@ -99,15 +114,17 @@ __device__ void Load(const UpsamplingArgs& g, const Shared& shared) {
   }
 }
 
-// The weights of two rows of the kernel for 64 channels each, as the A operand: pieces of 16 channels, four a tap.
-__device__ void LoadWeights(const Shared& shared, const int (&first_tap)[2], uint32_t (&a)[24][4]) {
+// The weights as the A operand: pieces of 16 channels, four a tap.
+using Weights = uint32_t[kPieces][4];
+
+__device__ void LoadWeights(const Shared& shared, const FirstTaps& taps, Weights& a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, matrix = lane / 8, row = lane % 8;
   const int r = warp * 16 + matrix % 2 * 8 + row;
   ptx::BarrierWait(shared.WeightsFull(), 0);
 #pragma unroll
-  for (int i = 0; i < 24; ++i) {
+  for (int i = 0; i < kPieces; ++i) {
     const int chunk = i % 4 * 2 + matrix / 2;
-    const uint32_t tap = shared.stages + (first_tap[i / 12] + i % 12 / 4) * kTap;
+    const uint32_t tap = shared.stages + (taps.row[i / 12] + i % 12 / 4) * kTap;
     ptx::LoadMatrix<false>(tap + r * 128 + ((chunk ^ row) << 4), a[i]);
   }
   __syncwarp();
@@ -123,15 +140,21 @@ __device__ void LoadBias(const UpsamplingArgs& g, float (&bias)[2]) {
   }
 }
 
-// Products of a row of pixels, from the one left of the tile on, with a row of the kernel: to even and odd columns.
+// Products of a row of pixels, from the one left of the tile on, with one of the two rows of the kernel: to even and odd
+// columns.
 template <typename T>
-__device__ void MultiplyRow(Sum& sum, const uint32_t (&a)[24][4], int piece, uint32_t pixels, bool first) {
+__device__ void MultiplyRow(Sum& sum, const Weights& a, uint32_t kept, int row, uint32_t pixels) {
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     const uint64_t b = ptx::Descriptor(pixels + (s == 2 ? 0 : 128));
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      ptx::WgmmaA<T, kCols>(sum[s % 2], a[piece + s * 4 + k], b + (k * 32 >> 4), first && s < 2 && k == 0 ? 0 : 1);
+      const int piece = (row * 3 + s) * 4 + k, accumulate = row == 0 && s < 2 && k == 0 ? 0 : 1;
+      if (piece < kPieces) {
+        ptx::WgmmaA<T, kCols>(sum[s % 2], a[piece % kPieces], b + (k * 32 >> 4), accumulate);
+      } else {
+        ptx::Wgmma<T, kCols, 0, 0>(sum[s % 2], ptx::Descriptor(kept) + (k * 32 >> 4), b + (k * 32 >> 4), accumulate);
+      }
     }
   }
 }
@@ -179,8 +202,8 @@ __device__ void Store(const UpsamplingArgs& g, const Shared& shared, int t, int 
 template <typename T>
 __device__ void MultiplyEven(const UpsamplingArgs& g, int half, const Shared& shared) {
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-  uint32_t a[24][4];
-  LoadWeights(shared, {half * 9 + 6, half * 9}, a);
+  Weights a;
+  LoadWeights(shared, FirstTaps::Of(half), a);
   float bias[2];
   LoadBias<T>(g, bias);
   Ring ring;  // at the row above the tile's
@@ -192,10 +215,10 @@ __device__ void MultiplyEven(const UpsamplingArgs& g, int half, const Shared& sh
     Sum sum;
     ptx::BarrierWait(shared.Full(above), ring.Parity());
     ptx::WgmmaFence();
-    MultiplyRow<T>(sum, a, 0, shared.Stage(above), true);
+    MultiplyRow<T>(sum, a, shared.Kept(half), 0, shared.Stage(above));
     ptx::BarrierWait(shared.Full(own), next.Parity());
     ptx::WgmmaFence();
-    MultiplyRow<T>(sum, a, 12, shared.Stage(own), false);
+    MultiplyRow<T>(sum, a, shared.Kept(half), 1, shared.Stage(own));
     ptx::WgmmaCommit();
     ptx::WgmmaWait<0>();
     if (lane == 0) {
@@ -236,8 +259,8 @@ __device__ void MultiplyEven(const UpsamplingArgs& g, int half, const Shared& sh
 template <typename T>
 __device__ void MultiplyOdd(const UpsamplingArgs& g, const Shared& shared) {
   const int lane = threadIdx.x % 32;
-  uint32_t a[24][4];
-  LoadWeights(shared, {3, 9 + 3}, a);
+  Weights a;
+  LoadWeights(shared, FirstTaps::Of(2), a);
   float bias[2];
   LoadBias<T>(g, bias);
   Ring ring;
@@ -258,7 +281,7 @@ __device__ void MultiplyOdd(const UpsamplingArgs& g, const Shared& shared) {
     for (int half = 0; half < 2; ++half) {
       ptx::BarrierWait(shared.Full(own + half), next.Parity());
       ptx::WgmmaFence();
-      MultiplyRow<T>(sum, a, half * 12, shared.Stage(own + half), half == 0);
+      MultiplyRow<T>(sum, a, shared.Kept(2), half, shared.Stage(own + half));
     }
     ptx::WgmmaCommit();
     ptx::WgmmaWait<0>();
