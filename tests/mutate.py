@@ -77,8 +77,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
         return self._source.encode()
 
 
-def fork_pytest(arguments, before=lambda: None):
-    """A process that runs pytest after a call of `before`; its number."""
+def fork_pytest(arguments, before, seconds):
+    """A process that runs pytest after a call of `before`, for so many seconds at most, 0 for any; its number."""
     child = os.fork()
     if child:
         return child
@@ -86,7 +86,7 @@ def fork_pytest(arguments, before=lambda: None):
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    signal.alarm(SECONDS)
+    signal.alarm(seconds)
     import pytest
 
     before()
@@ -108,7 +108,7 @@ def tests_by_line(path, tests):
             "-o",
             "junit_family=xunit1",
         ]
-        child = fork_pytest([*options, *tests], lambda: os.environ.update(COVERAGE_FILE=str(data)))
+        child = fork_pytest([*options, *tests], lambda: os.environ.update(COVERAGE_FILE=str(data)), 0)
         if os.waitpid(child, 0)[1] != 0:
             sys.exit("tests/mutate.py: the tests fail on the file as it is; run them by themselves")
         cases = xml.etree.ElementTree.parse(report).iter("testcase")
@@ -126,7 +126,7 @@ def tests_by_line(path, tests):
 
 def start(name, path, source, tests):
     """A process that runs the tests on a module of another source; its number."""
-    return fork_pytest(["-x", *tests], lambda: sys.meta_path.insert(0, Finder(name, path, source)))
+    return fork_pytest(["-x", *tests], lambda: sys.meta_path.insert(0, Finder(name, path, source)), SECONDS)
 
 
 def run(path, tests, known, jobs, say):
