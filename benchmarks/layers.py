@@ -9,6 +9,10 @@ one. `ratio` is cuDNN's time over ours, so above 1 ours is the faster; `peak` is
 product of the same run. `rest` is what a layer's gradient takes beside the two products: the mask and pool gradient
 before them, ms.
 
+`fused` is the time of the fastest of cuDNN's plans with the same fusion, by cudnn_frontend, over ours, both timed as `unet-fast
+tune` does, on numbers as sparse as ReLU leaves them; `tuned` the same over the fastest of all engines and tiles, which is
+what runs once `unet-fast tune` has recorded it.
+
 A time is device time: calls are captured into a CUDA graph, which is replayed between two events, ours and cuDNN's in
 turn; the median of the turns counts. Our dgrad is what asking for it adds to the gradient call. An engine that does not
 serve a problem leaves it to another. Needs no TensorFlow: the kernels are those of tests/gpu/build_native.sh where they
@@ -122,6 +126,13 @@ class Layer:
             "dgrad + wgrad": lambda: self.backward(choices, dx=True, fused=False),
             "wgrad": lambda: self.backward(choices, dx=False, fused=False),
         }
+
+    def measured(self):
+        """Timings of each product on every engine and tile that serves it, by the rules first."""
+        is_transposed = isinstance(self, Transposed)
+        found = (native.measure_conv2d_transpose if is_transposed else native.measure_conv2d)(self.problem)
+        names = {"forward": "fprop", "input gradient": "dgrad", "weight gradient": "wgrad"}
+        return {names[product.product]: product.timings for product in found}
 
     def addresses(self, *names):
         return [0 if (t := getattr(self, name)) is None else t.data_ptr() for name in names]
@@ -290,7 +301,7 @@ def measure(layer, engines, peak):
     for engine in engines:
         ours = layer.functions(tuning(engine=engine))
         functions |= {(engine, name): function for name, function in ours.items()}
-    ms = times_in_turn(functions)
+    ms, measured = times_in_turn(functions), layer.measured()
     rows = []
     for engine in engines:
         both = ms[engine, "dgrad + wgrad"]
@@ -299,16 +310,30 @@ def measure(layer, engines, peak):
             tflops, cudnn = layer.flops / ours[product] / 1e9, ms["cudnn", product]
             row = {"layer": layer.name, "product": product, "engine": engine, "ms": round(ours[product], 4)}
             row |= {"tflops": round(tflops, 1), "peak": round(tflops / peak, 3)}
-            rows.append(row | {"cudnn_ms": round(cudnn, 4), "ratio": round(cudnn / ours[product], 3)})
+            row |= {"cudnn_ms": round(cudnn, 4), "ratio": round(cudnn / ours[product], 3)}
+            rows.append(row | against_fused(measured[product], engine))
         rest = max(ms[engine, "gradient"] - both, 0)
         rows.append({"layer": layer.name, "product": "rest", "engine": engine, "ms": round(rest, 4)})
     return rows
 
 
+def against_fused(timings, engine):
+    """What a row says of cuDNN's plans with the same fusion; nothing in a build without the cudnn engine."""
+    fastest = {}
+    for timing in timings:
+        fastest[timing.engine] = min(timing.microseconds, fastest.get(timing.engine, math.inf))
+    if "cudnn" not in fastest or engine not in {"auto", *fastest}:
+        return {}
+    ours = timings[0].microseconds if engine == "auto" else fastest[engine]
+    fused, tuned = fastest["cudnn"], min(fastest.values())
+    return {"fused_cudnn_ms": round(fused / 1e3, 4), "fused": round(fused / ours, 3), "tuned": round(fused / tuned, 3)}
+
+
 def line(rows, engine):
     """A line of the table from the rows of a layer: three products, then the rest."""
     *products, rest = (row for row in rows if row["engine"] == engine)
-    cells = [f"{r['ms']:7.3f} {r['tflops']:4.0f} {r['ratio']:5.2f} {r['peak']:4.0%}" for r in products]
+    ratios = [f"{r['ratio']:5.2f} {r.get('fused', math.nan):5.2f} {r.get('tuned', math.nan):5.2f}" for r in products]
+    cells = [f"{r['ms']:7.3f} {r['tflops']:4.0f} {x} {r['peak']:4.0%}" for r, x in zip(products, ratios, strict=True)]
     return f"{rows[0]['layer']:>16} {engine:>6} | {' | '.join(cells)} | {rest['ms']:.3f}"
 
 
@@ -320,7 +345,13 @@ def sums(rows, engine, peak):
         ms, cudnn = (sum(row[key] for row in chosen) for key in ("ms", "cudnn_ms"))
         tflops = sum(row["ms"] * row["tflops"] for row in chosen) / ms
         row = {"layer": "sum", "product": product, "engine": engine, "ms": ms, "tflops": tflops}
-        summed.append(row | {"peak": tflops / peak, "cudnn_ms": cudnn, "ratio": cudnn / ms})
+        row |= {"peak": tflops / peak, "cudnn_ms": cudnn, "ratio": cudnn / ms}
+        if all("fused" in each for each in chosen):
+            fused = sum(each["fused_cudnn_ms"] for each in chosen)
+            row |= {
+                key: fused / sum(each["fused_cudnn_ms"] / each[key] for each in chosen) for key in ("fused", "tuned")
+            }
+        summed.append(row)
     rest = sum(row["ms"] for row in rows if (row["engine"], row["product"]) == (engine, "rest"))
     return [*summed, {"layer": "sum", "product": "rest", "engine": engine, "ms": rest}]
 
@@ -358,7 +389,7 @@ def main():
     facts |= {"batch": arguments.batch, "dtype": arguments.dtype, "gemm_tflops": round(gemm_tflops(dtype), 1)}
     peak = facts["gemm_tflops"]
     print(f"{facts['card']}, batch {arguments.batch}, {arguments.dtype}, matrix product {peak:.0f} TFLOP/s")
-    head = "     ms TF/s ratio peak"
+    head = "     ms TF/s ratio fused tuned peak"
     print(f"{'':>16} {'':>6} | " + " | ".join(f"{product:>{len(head)}}" for product in PRODUCTS) + " |")
     print(f"{'layer':>16} {'engine':>6} | " + " | ".join([head] * 3) + " | rest, ms")
     rows = []

@@ -50,7 +50,8 @@ SYSTEMS = {  # name: (module, its System's options)
     "keras float32 graph": ("keras_unet", {"backend": "stock", "policy": "float32", "xla": False, "tf32": False}),
 }
 PREDICT_ONLY = ("unet_fast float16", "keras float16 xla")  # weights in float16 too: `FusedUNet.for_prediction`
-FIRST = ("unet_fast", "keras mixed_float16 xla", "torch amp compile")  # measured before the others
+# Measured before the others.
+FIRST = ("unet_fast", "keras mixed_float16 xla", "torch amp compile", "unet_fast float16", "keras float16 xla")
 MARK = "step.py worker: "  # begins a worker's lines to the one who started it; frameworks print as they like
 WORKER_SECONDS = 300  # that a worker may take to its next line
 COLUMNS = ("ms", "img_s", "p50", "p90", "p95", "p99", "mean", "peak_mib", "first_step_s")

@@ -40,7 +40,7 @@ def test_the_fastest_is_chosen_unless_it_gains_next_to_nothing(monkeypatch, othe
     assert {(row["engine"], row["config"]) for row in rows} == {chosen}
     assert all(row["us"] == 100.0 and row["batch"] == 2 for row in rows)
     fastest = {"sm90": 100.0} | ({"cudnn": min(other.microseconds for other in others)} if others else {})
-    assert all(row["by_engine"] == fastest for row in rows)
+    assert all(row["by_engine"] == fastest and len(row["timings"]) == 1 + len(others) for row in rows)
     assert {row["key"] for row in rows} == {"8 filters", "16 filters", "2 filters"}  # of equal products once
     assert seen[-1][0] == seen[-1][1] == len(seen)
 

@@ -166,7 +166,8 @@ def tune(options):
     dtype = (precision or "mixed_float16").removeprefix("mixed_")
     rows = tuning.tune(model, options.batch, dtype, rich.console.Console(quiet=True) if options.json else None)
     if options.json:
-        _print_json({"fingerprint": _native.fingerprint, "dtype": dtype, "products": rows})
+        card = _native.gpu_devices()[0][0]["name"]
+        _print_json({"card": card, "fingerprint": _native.fingerprint, "dtype": dtype, "products": rows})
 
 
 def report(options):

@@ -32,8 +32,9 @@ def measure(model, batches, dtype, on_progress=None):
 
     Returns:
         list of dict, a product each: `layer`, `product`, `batch`, `key`, as the file names it, `us` by the rules, `by_engine`,
-        a dict from each engine that serves it to the `us` of its fastest tile or plan, and `engine`, `config`, `splits` and
-        `best_us` of the fastest; those of the rules where it gains less than 2 %.
+        a dict from each engine that serves it to the `us` of its fastest tile or plan, `engine`, `config`, `splits` and
+        `best_us` of the fastest - those of the rules where it gains less than 2 % - and `timings`, a list of
+        (engine, config, splits, us), of the rules first.
 
     Raises:
         UserError: there is no GPU, the build has no CUDA, or the measurement failed.
@@ -55,9 +56,8 @@ def measure(model, batches, dtype, on_progress=None):
             ) from error
         for product in products:
             ours, *_ = product.timings
-            by_engine = {}
-            for timing in product.timings:
-                by_engine[timing.engine] = min(timing.microseconds, by_engine.get(timing.engine, timing.microseconds))
+            timings = [(t.engine, t.config, t.splits, t.microseconds) for t in product.timings]
+            by_engine = {engine: min(us for e, *_, us in timings if e == engine) for engine, *_ in timings}
             best = min(product.timings, key=lambda timing: timing.microseconds)
             best = best if best.microseconds <= _WORTH * ours.microseconds else ours
             rows[product.key] = {
@@ -67,6 +67,7 @@ def measure(model, batches, dtype, on_progress=None):
                 "key": product.key,
                 "us": ours.microseconds,
                 "by_engine": by_engine,
+                "timings": timings,
                 "engine": best.engine,
                 "config": best.config,
                 "splits": best.splits,
