@@ -46,12 +46,8 @@ class StepLoop:
 
     def __init__(self, model, optimizer, loss_fn, batches, start_step, accumulate=1):
         device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
-        self._optimizers = [optimizer]
-        with tf.device(device):
-            self._number = tf.Variable(
-                0, trainable=False, dtype=tf.int64
-            )  # of the step in its block, counted by the steps
-        self._step = _make_step(model, optimizer, loss_fn, batches, self._number, accumulate)
+        self._optimizers, self._numbers = [optimizer], [make_number(device)]
+        self._step = _make_step(model, optimizer, loss_fn, batches, *self._numbers, accumulate)
         self._blocks = batches.blocks(start_step, device)
         self._block, self._position, self._length = None, 0, 0  # the block at hand, its steps done and in all
         self._chunk = 1  # steps; the first traces and compiles
@@ -69,7 +65,7 @@ class StepLoop:
             self._begin(next(self._blocks))
         count = min(self._chunk, most, self._length - self._position)
         begin = time.monotonic()
-        losses = tf.stack([self._launch(self._position + i) for i in range(count)]).numpy().tolist()
+        losses = tf.stack([self._step(*self._block) for _ in range(count)]).numpy().tolist()
         fitting = int(count * _CHUNK_SECONDS / (time.monotonic() - begin))
         # A hitch shortens the next chunk at once; from one good measurement it only doubles.
         self._chunk = max(1, min(fitting, max(self._chunk, 2 * count)))
@@ -77,12 +73,9 @@ class StepLoop:
         return losses
 
     def _begin(self, block):
-        self._number.assign(0)
+        for number in self._numbers:
+            number.assign(0)
         self._block, self._position, self._length = block, 0, block[2].shape[0]
-
-    def _launch(self, number):
-        """The loss of a step of the block at hand, the one behind that of the last call."""
-        return self._step(*self._block)
 
     def set_rate_factor(self, factor):
         """Multiplies the learning rate by a factor from now on; the optimizer is an `AdamL2` with a `Schedule`."""
@@ -92,14 +85,7 @@ class StepLoop:
 
 def _make_step(model, optimizer, loss_fn, batches, number, accumulate):
     """A tf.function of a block of `TrainingBatches.blocks`: takes step `number` of it, counts on, returns the loss."""
-    gradients = loss_and_gradients(model, optimizer, loss_fn, batches, accumulate)
-
-    # Compiled whatever becomes of the rest: else the number would go to the host, which would wait for it.
-    @tf.function(jit_compile=True, autograph=False)
-    def take(rows, draws):
-        taken = tf.gather(rows, number), tf.gather(draws, number)
-        number.assign_add(1)
-        return taken
+    gradients, take = loss_and_gradients(model, optimizer, loss_fn, batches, accumulate), make_take(number)
 
     @tf.function(jit_compile=model.jit_compile, autograph=False)
     def step(images, masks, rows, draws):
@@ -108,6 +94,25 @@ def _make_step(model, optimizer, loss_fn, batches, number, accumulate):
         return loss
 
     return step
+
+
+def make_number(device):
+    """The number of a step in its block, on the device that counts it."""
+    with tf.device(device):
+        return tf.Variable(0, trainable=False, dtype=tf.int64)
+
+
+def make_take(number):
+    """A tf.function of the rows and draws of a block: those of step `number`, an int64 variable, which it counts on."""
+
+    # Compiled whatever becomes of the rest: else the number would go to the host, which would wait for it.
+    @tf.function(jit_compile=True, autograph=False)
+    def take(rows, draws):
+        taken = tf.gather(rows, number), tf.gather(draws, number)
+        number.assign_add(1)
+        return taken
+
+    return take
 
 
 def loss_and_gradients(model, optimizer, loss_fn, batches, accumulate=1):
