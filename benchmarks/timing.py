@@ -6,7 +6,7 @@ import time
 
 INPUTS = 4  # random inputs on the device that steps take in turn
 WARM_UP = 5
-RUNS, STEPS = 3, 20
+RUNS, STEPS, RUN_SECONDS = 3, 20, 0.5  # at least so many steps, and so long, that starting and waiting hardly count
 SINGLE_STEPS = 60
 PERCENTILES = (50, 90, 95, 99)
 
@@ -21,7 +21,7 @@ def measure(system, batch, before_timing=lambda: None):
         before_timing: called after compilation and warm-up.
 
     Returns:
-        dict: `ms`, the median of RUNS runs of STEPS steps that are waited for at their end, a step; `img_s` from it;
+        dict: `ms`, the median of RUNS runs whose steps are waited for at the run's end, a step; `img_s` from it;
         p50 to p99 and `mean` of single steps that are waited for one by one, in ms; `peak_mib` of all of these;
         `first_step_s`, compilation included; `first_step_peak_mib`, which has what tuning by trial takes.
 
@@ -48,7 +48,8 @@ def measure(system, batch, before_timing=lambda: None):
     first_step_peak = system.peak_bytes()
     before_timing()
     system.reset_peak()
-    ms = 1e3 / STEPS * statistics.median(seconds(STEPS) for _ in range(RUNS))
+    steps = max(STEPS, round(STEPS * RUN_SECONDS / seconds(STEPS)))
+    ms = 1e3 / steps * statistics.median(seconds(steps) for _ in range(RUNS))
     single = sorted(1e3 * seconds(1) for _ in range(SINGLE_STEPS))
     row = {"ms": round(ms, 3), "img_s": round(1e3 * batch / ms, 1)}
     row |= {f"p{p}": round(single[min(len(single) * p // 100, len(single) - 1)], 3) for p in PERCENTILES}

@@ -3,13 +3,15 @@
     pip install cosmic-ray
     PYTHONPATH=. python tests/mutate.py unet_fast/losses.py tests/test_losses.py [more tests ...] [--json FILE] [--jobs 2]
 
-Changes one operator, number, condition or decorator of the file at a time, as cosmic-ray's operators do, and runs the tests until
-one fails. Each mutant is a process forked off one that has imported TensorFlow and started nothing, so that it costs
-the tests' time alone, and finds the changed module in place of the file, which stays as it is. Prints the mutants that
-survive, with the line before and after, and records all of them in FILE; --resume leaves out what FILE has.
+Changes one operator, number, condition or decorator of the file at a time, as cosmic-ray's operators do, and runs the tests
+that come by that line, the quickest first, until one fails. Each mutant is a process forked off one that has imported
+TensorFlow and started nothing, so that it costs the tests' time alone, and finds the changed module in place of the file,
+which stays as it is. Prints the mutants that survive, with the line before and after, and records all of them in FILE;
+--resume leaves out what FILE has.
 """
 
 import argparse
+import collections
 import importlib.abc
 import importlib.util
 import json
@@ -17,7 +19,9 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 import time
+import xml.etree.ElementTree
 
 SECONDS = 600  # that the tests may take of one mutant; an endless loop counts as found
 # One replacement a kind of operator, and of comparisons the opposite and the neighbour: others are found by the same tests.
@@ -73,8 +77,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
         return self._source.encode()
 
 
-def start(name, path, source, tests):
-    """A process that runs the tests on a module of another source; its number."""
+def fork_pytest(arguments, before=lambda: None):
+    """A process that runs pytest after a call of `before`; its number."""
     child = os.fork()
     if child:
         return child
@@ -85,9 +89,44 @@ def start(name, path, source, tests):
     signal.alarm(SECONDS)
     import pytest
 
-    sys.meta_path.insert(0, Finder(name, path, source))
-    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests])
+    before()
+    status = pytest.main(["-q", "-p", "no:cacheprovider", *arguments])
     os._exit(0 if status == 0 else 1)
+
+
+def tests_by_line(path, tests):
+    """What the tests do on the file as it is: (dict from a line to the tests that come by, all tests), the quickest first."""
+    import coverage
+
+    with tempfile.TemporaryDirectory() as folder:
+        data, report = pathlib.Path(folder) / "coverage", pathlib.Path(folder) / "junit.xml"
+        options = [
+            "--cov=unet_fast",
+            "--cov-context=test",
+            "--cov-report=",
+            f"--junitxml={report}",
+            "-o",
+            "junit_family=xunit1",
+        ]
+        child = fork_pytest([*options, *tests], lambda: os.environ.update(COVERAGE_FILE=str(data)))
+        if os.waitpid(child, 0)[1] != 0:
+            sys.exit("tests/mutate.py: the tests fail on the file as it is; run them by themselves")
+        cases = xml.etree.ElementTree.parse(report).iter("testcase")
+        seconds = {f"{case.get('file')}::{case.get('name')}": float(case.get("time")) for case in cases}
+        found = coverage.CoverageData(str(data))
+        found.read()
+        contexts = found.contexts_by_lineno(str(path))
+    quick = sorted(seconds, key=seconds.get)
+    by_line = collections.defaultdict(list)
+    for line, names in contexts.items():
+        came = {name.partition("|")[0] for name in names}
+        by_line[line] = [test for test in quick if test in came]
+    return by_line, quick
+
+
+def start(name, path, source, tests):
+    """A process that runs the tests on a module of another source; its number."""
+    return fork_pytest(["-x", *tests], lambda: sys.meta_path.insert(0, Finder(name, path, source)))
 
 
 def run(path, tests, known, jobs, say):
@@ -95,11 +134,14 @@ def run(path, tests, known, jobs, say):
     name = ".".join(path.with_suffix("").parts)
     running = {}
     todo = [m for m in mutants(path) if [str(path), *m[:4]] not in known]
+    by_line, all_tests = tests_by_line(path.resolve(), tests)
     total = len(todo)
     while todo or running:
         while todo and len(running) < jobs:
             mutant = todo.pop(0)
-            running[start(name, path.resolve(), mutant[4], tests)] = mutant, time.monotonic()
+            # A line that runs on import, or goes on from the one above, is not by a test.
+            chosen = by_line[mutant[1]] or all_tests
+            running[start(name, path.resolve(), mutant[4], chosen)] = mutant, time.monotonic()
         child, status = os.wait()
         mutant, begin = running.pop(child)
         record = dict(zip(("operator", "line", "before", "after"), mutant[:4], strict=True))
