@@ -26,7 +26,7 @@ from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2  # not 
 from tensorflow.python.eager import context  # alone can say how long workers wait for each other
 
 from unet_fast.errors import UserError
-from unet_fast.step_loop import StepLoop, loss_and_gradients, make_number, make_take
+from unet_fast.step_loop import BlockSteps, StepLoop, loss_and_gradients
 
 JOIN_SECONDS = 60  # that a worker waits for the others by default
 _GROUP = 0x756E6574  # a number for the replicas of a process, unlike those that TensorFlow's strategies count up from 1
@@ -368,16 +368,17 @@ class _Replica:
     """A device's model and optimizer, and the compiled programs of its step; `compile` makes them.
 
     Attributes:
-        step: of a block, images, masks, rows [S, B] and draws [S, B, D]: the mean loss of all replicas, once the
-            variables are updated. Only on GPUs of one process, of which XLA's own all-reduce is within the program.
+        steps: its `BlockSteps`.
+        step: of a block, images, masks, rows [S, B] and draws [S, B, D]: takes its next step. Only on GPUs of one process,
+            of which XLA's own all-reduce is within the program.
         gradients: of a block: float32 [P + 1], the gradients of all variables and the loss.
-        apply: of the sum of that over all replicas: the mean loss, once the variables are updated.
+        apply: of the sum of that over all replicas: updates the variables.
     """
 
     def __init__(self, number, position, device, model, optimizer):
         self.number, self.position, self.device = number, position, device
         self.model, self.optimizer = model, optimizer
-        self.step_number = make_number(device)
+        self.steps = BlockSteps(device)
 
     def copy(self, number, position, device):
         """The same on another device."""
@@ -407,20 +408,19 @@ class _Replica:
         jit = self.model.jit_compile
         variables = self.model.trainable_variables
         compute = loss_and_gradients(self.model, self.optimizer, loss_fn, batches, accumulate)
-        take = make_take(self.step_number)
 
         def of_block(images, masks, rows, draws):
-            loss, computed = compute(images, masks, *take(rows, draws))
+            loss, computed = compute(images, masks, *self.steps.take(rows, draws))
             return [*(tf.cast(gradient, tf.float32) for gradient in computed), loss]
 
         def update(sums):
             *means, loss = (each / replicas for each in sums)
             self.optimizer.apply(means, variables)
-            return loss
+            self.steps.record(loss)
 
         @tf.function(jit_compile=jit, autograph=False)
         def step(*block):
-            return update([_sum_in_program(each, key, replicas) for key, each in enumerate(of_block(*block))])
+            update([_sum_in_program(each, key, replicas) for key, each in enumerate(of_block(*block))])
 
         @tf.function(jit_compile=jit, autograph=False)
         def gradients(*block):
@@ -430,7 +430,7 @@ class _Replica:
         def apply(packed):
             shapes = [*(v.shape for v in variables), tf.TensorShape([])]
             parts = tf.split(packed, [shape.num_elements() for shape in shapes])
-            return update([tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)])
+            update([tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)])
 
         with tf.device(self.device):
             if in_one_program:
@@ -474,7 +474,7 @@ class _ReplicaLoop(StepLoop):
             each.drop_out_differently()
             each.compile(loss_fn, batches, accumulate, count, block, in_one_program)
         self._optimizers = [each.optimizer for each in self.replicas]
-        self._numbers = [each.step_number for each in self.replicas]
+        self._steps = [each.steps for each in self.replicas]
         self._step = _make_one_program_step(self.replicas) if in_one_program else _make_step(strategy, self.replicas)
         blocks = itertools.chain([first], zip(*streams, strict=True))
         self._blocks = (tuple(itertools.chain(*block)) for block in blocks)
@@ -487,15 +487,13 @@ class _ReplicaLoop(StepLoop):
 
 
 def _make_one_program_step(replicas):
-    """A tf.function of the blocks of all replicas, one after the other: the loss. It waits for none of them."""
+    """A tf.function of the blocks of all replicas, one after the other: their next step. It waits for none of them."""
 
     @tf.function(autograph=False)
     def step(*blocks):
-        losses = []
         for replica in replicas:
             with tf.device(replica.device):
-                losses.append(replica.step(*blocks[4 * replica.position : 4 * replica.position + 4]))
-        return losses[0]
+                replica.step(*blocks[4 * replica.position : 4 * replica.position + 4])
 
     return step
 
@@ -510,9 +508,8 @@ def _make_step(strategy, replicas):
     def step(*blocks):
         def run(replica):
             packed = replica.gradients(*blocks[4 * replica.position : 4 * replica.position + 4])
-            packed = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, packed)
-            return replica.apply(packed)
+            replica.apply(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, packed))
 
-        return strategy.experimental_local_results(strategy.run(run, args=(here,)))[0]
+        strategy.run(run, args=(here,))
 
     return step
