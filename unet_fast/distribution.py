@@ -1,11 +1,13 @@
 """Data-parallel training on several GPUs and several machines, by tf.distribute.
 
-A replica is a device that trains on its part of each batch, with a copy of the model and of the optimizer. Its forward and
-backward pass is one compiled program and the optimizer's update another, traced as on a single device, so that XLA
-compiles them and the fused ops run in them; Keras does without XLA under a strategy. Between the two, gradients and
-loss go, packed into one array, through one all-reduce of MirroredStrategy or MultiWorkerMirroredStrategy: NCCL between
-GPUs, a ring between CPUs. All replicas so apply the same gradients and stay the same, the loss scale included: a
-gradient that overflows on one of them is not finite in the sum, and all leave the step out.
+A replica is a device that trains on its part of each batch, with a copy of the model and of the optimizer, in programs
+that are compiled as on a single device, with the fused ops in them; Keras does without XLA under a strategy. On GPUs of one
+process a step is one program a replica, and XLA's own all-reduce of each gradient is within it: nothing goes back to
+the host. Elsewhere - between CPUs XLA has none, and it knows of no other process - forward and backward pass are one
+program and the optimizer's update another. Between the two, gradients and loss go, packed into one array, through one
+all-reduce of MirroredStrategy or MultiWorkerMirroredStrategy: a ring between CPUs, NCCL between GPUs. All replicas so
+apply the same gradients and stay the same, the loss scale included: a gradient that overflows on one of them is not
+finite in the sum, and all leave the step out.
 
 Batches are cut, not drawn anew: N replicas with batch B see what one device with batch N * B sees.
 """
