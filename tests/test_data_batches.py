@@ -134,7 +134,7 @@ def test_sample_k_has_the_draws_of_seed_and_k():
 def test_blocks_hold_the_batches(monkeypatch, resident, start_step, device):
     data = dataset()
     monkeypatch.setattr(pipeline, "RESIDENT_BYTES", 4 * 48 * 56 * 2 if resident else 4 * 48 * 56 * 2 - 1)
-    monkeypatch.setattr(pipeline, "_BLOCK_STEPS", 5)
+    monkeypatch.setattr(pipeline, "BLOCK_STEPS", 5)
     monkeypatch.setattr(pipeline, "_BLOCK_BYTES", 2 * 4 * 48 * 56 * 2 + 1)  # two batches
     made = batches(data, [4, 0, 1, 3])
     expected = list(made.raw(start_step).take(10))

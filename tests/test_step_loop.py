@@ -57,7 +57,7 @@ def test_chunks_change_nothing(data, monkeypatch, jit, precision):
     assert_equal(single, whole)
     assert_equal(result(data, [1, 2, 1, 3], jit=jit, precision=precision), whole)
     assert len(set(whole[0])) == STEPS
-    monkeypatch.setattr(pipeline, "_BLOCK_STEPS", 2)
+    monkeypatch.setattr(pipeline, "BLOCK_STEPS", 2)
     assert_equal(result(data, [STEPS] * STEPS, jit=jit, precision=precision), whole)
 
 

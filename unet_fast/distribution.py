@@ -1,11 +1,13 @@
 """Data-parallel training on several GPUs and several machines, by tf.distribute.
 
-A replica is a device that trains on its part of each batch, with a copy of the model and of the optimizer. Its forward and
-backward pass is one compiled program and the optimizer's update another, traced as on a single device, so that XLA
-compiles them and the fused ops run in them; Keras does without XLA under a strategy. Between the two, gradients and
-loss go, packed into one array, through one all-reduce of MirroredStrategy or MultiWorkerMirroredStrategy: NCCL between
-GPUs, a ring between CPUs. All replicas so apply the same gradients and stay the same, the loss scale included: a
-gradient that overflows on one of them is not finite in the sum, and all leave the step out.
+A replica is a device that trains on its part of each batch, with a copy of the model and of the optimizer, in programs
+that are compiled as on a single device, with the fused ops in them; Keras does without XLA under a strategy. On GPUs of one
+process a step is one program a replica, and XLA's own all-reduce of each gradient is within it: nothing goes back to
+the host. Elsewhere - between CPUs XLA has none, and it knows of no other process - forward and backward pass are one
+program and the optimizer's update another. Between the two, gradients and loss go, packed into one array, through one
+all-reduce of MirroredStrategy or MultiWorkerMirroredStrategy: a ring between CPUs, NCCL between GPUs. All replicas so
+apply the same gradients and stay the same, the loss scale included: a gradient that overflows on one of them is not
+finite in the sum, and all leave the step out.
 
 Batches are cut, not drawn anew: N replicas with batch B see what one device with batch N * B sees.
 """
@@ -26,9 +28,10 @@ from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2  # not 
 from tensorflow.python.eager import context  # alone can say how long workers wait for each other
 
 from unet_fast.errors import UserError
-from unet_fast.step_loop import StepLoop, loss_and_gradients
+from unet_fast.step_loop import BlockSteps, StepLoop, loss_and_gradients
 
 JOIN_SECONDS = 60  # that a worker waits for the others by default
+_GROUP = 0x756E6574  # a number for the replicas of a process, unlike those that TensorFlow's strategies count up from 1
 _HEARTBEAT_SECONDS = 20  # without a sign of a worker, after which it counts as lost
 _LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError)
 
@@ -364,17 +367,20 @@ def _make_total(strategy):
 
 
 class _Replica:
-    """A device's model and optimizer, and the two compiled programs of its step; `compile` makes them.
+    """A device's model and optimizer, and the compiled programs of its step; `compile` makes them.
 
     Attributes:
-        gradients: of a step's raw batch, images, masks, rows [B] and draws [B, D]: float32 [P + 1], the gradients of all
-            variables and the loss.
-        apply: of the sum of that over all replicas: the mean loss, once the variables are updated.
+        steps: its `BlockSteps`.
+        step: of a block, images, masks, rows [S, B] and draws [S, B, D]: takes its next step. Only on GPUs of one process,
+            of which XLA's own all-reduce is within the program.
+        gradients: of a block: float32 [P + 1], the gradients of all variables and the loss.
+        apply: of the sum of that over all replicas: updates the variables.
     """
 
     def __init__(self, number, position, device, model, optimizer):
         self.number, self.position, self.device = number, position, device
         self.model, self.optimizer = model, optimizer
+        self.steps = BlockSteps(device)
 
     def copy(self, number, position, device):
         """The same on another device."""
@@ -399,30 +405,49 @@ class _Replica:
                 seed, count = np.asarray(variable)
                 variable.assign(np.array([seed + self.number, count], variable.dtype))
 
-    def compile(self, loss_fn, batches, accumulate, replicas, block):
+    def compile(self, loss_fn, batches, accumulate, replicas, block, in_one_program):
         """Traces the programs outside of the strategy, under which Keras would see to the distribution itself."""
         jit = self.model.jit_compile
         variables = self.model.trainable_variables
         compute = loss_and_gradients(self.model, self.optimizer, loss_fn, batches, accumulate)
 
+        def of_block(images, masks, rows, draws):
+            loss, computed = compute(images, masks, *self.steps.take(rows, draws))
+            return [*(tf.cast(gradient, tf.float32) for gradient in computed), loss]
+
+        def update(sums):
+            *means, loss = (each / replicas for each in sums)
+            self.optimizer.apply(means, variables)
+            self.steps.record(loss)
+
         @tf.function(jit_compile=jit, autograph=False)
-        def gradients(images, masks, rows, draws):
-            loss, computed = compute(images, masks, rows, draws)
-            return tf.concat([*(tf.reshape(tf.cast(g, tf.float32), [-1]) for g in computed), [loss]], 0)
+        def step(*block):
+            update([_sum_in_program(each, key, replicas) for key, each in enumerate(of_block(*block))])
+
+        @tf.function(jit_compile=jit, autograph=False)
+        def gradients(*block):
+            return tf.concat([tf.reshape(each, [-1]) for each in of_block(*block)], 0)
 
         @tf.function(jit_compile=jit, autograph=False)
         def apply(packed):
-            sizes = [*(v.shape.num_elements() for v in variables), 1]
-            *parts, loss = tf.split(packed / replicas, sizes)
-            self.optimizer.apply(
-                [tf.reshape(part, v.shape) for part, v in zip(parts, variables, strict=True)], variables
-            )
-            return loss[0]
+            shapes = [*(v.shape for v in variables), tf.TensorShape([])]
+            parts = tf.split(packed, [shape.num_elements() for shape in shapes])
+            update([tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)])
 
-        images, masks, rows, draws = block
         with tf.device(self.device):
-            self.gradients = gradients.get_concrete_function(images, masks, rows[0], draws[0])
-            self.apply = apply.get_concrete_function(tf.TensorSpec(self.gradients.output_shapes, tf.float32))
+            if in_one_program:
+                self.step = step.get_concrete_function(*block)
+            else:
+                self.gradients = gradients.get_concrete_function(*block)
+                self.apply = apply.get_concrete_function(tf.TensorSpec(self.gradients.output_shapes, tf.float32))
+
+
+def _sum_in_program(value, key, replicas):
+    """The sum over all replicas' values of that key, by XLA where it compiles the program."""
+    return tf.raw_ops.CollectiveReduceV2(
+        input=value, group_size=replicas, group_key=_GROUP, instance_key=key, ordering_token=[], merge_op="Add",
+        final_op="Id", communication_hint="nccl",
+    )  # fmt: skip
 
 
 class _ReplicaLoop(StepLoop):
@@ -445,43 +470,48 @@ class _ReplicaLoop(StepLoop):
         count = distribution.replicas
         streams = [batches.blocks(start_step, each.device, (each.number, count)) for each in self.replicas]
         first = [next(stream) for stream in streams]
+        # XLA has no all-reduce between CPU devices, and knows of no other process.
+        in_one_program = bool(model.jit_compile) and count == len(devices) and "GPU" in devices[0]
         for each, block in zip(self.replicas, first, strict=True):
             each.drop_out_differently()
-            each.compile(loss_fn, batches, accumulate, count, block)
+            each.compile(loss_fn, batches, accumulate, count, block, in_one_program)
         self._optimizers = [each.optimizer for each in self.replicas]
-        self._step = _make_step(strategy, self.replicas)
+        self._steps = [each.steps for each in self.replicas]
+        self._step = _make_one_program_step(self.replicas) if in_one_program else _make_step(strategy, self.replicas)
         blocks = itertools.chain([first], zip(*streams, strict=True))
         self._blocks = (tuple(itertools.chain(*block)) for block in blocks)
         self._block, self._position, self._length = None, 0, 0
         self._chunk = 1
-
-    def _begin(self, block):
-        self._block, self._position, self._length = block, 0, block[2].shape[0]
-
-    def _launch(self, number):
-        return self._step(*self._block, tf.constant(number))
 
     def advance(self, most):
         self._chunk = self._distribution.gather(self._chunk)[0]  # all workers run equal chunks, of the chief's length
         return self._distribution.interruptibly(super().advance, most)
 
 
+def _make_one_program_step(replicas):
+    """A tf.function of the blocks of all replicas, one after the other: their next step. It waits for none of them."""
+
+    @tf.function(autograph=False)
+    def step(*blocks):
+        for replica in replicas:
+            with tf.device(replica.device):
+                replica.step(*blocks[4 * replica.position : 4 * replica.position + 4])
+
+    return step
+
+
 def _make_step(strategy, replicas):
-    """A tf.function of the blocks of all replicas here, one after the other, and a step's number in them: its loss."""
+    """As `_make_one_program_step`, by the strategy's all-reduce between two programs of a replica."""
     here = strategy.experimental_distribute_values_from_function(
         lambda at: replicas[at.replica_id_in_sync_group - replicas[0].number]
     )
 
     @tf.function(autograph=False)
-    def step(*arguments):
-        *blocks, number = arguments
-
+    def step(*blocks):
         def run(replica):
-            images, masks, rows, draws = blocks[4 * replica.position : 4 * replica.position + 4]
-            packed = replica.gradients(images, masks, rows[number], draws[number])
-            packed = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, packed)
-            return replica.apply(packed)
+            packed = replica.gradients(*blocks[4 * replica.position : 4 * replica.position + 4])
+            replica.apply(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, packed))
 
-        return strategy.experimental_local_results(strategy.run(run, args=(here,)))[0]
+        strategy.run(run, args=(here,))
 
     return step

@@ -11,6 +11,8 @@ import time
 
 import tensorflow as tf
 
+from unet_fast.data.pipeline import BLOCK_STEPS
+
 _CHUNK_SECONDS = 0.5  # how long a chunk shall take: signals and the progress bar wait for its end
 
 
@@ -46,12 +48,8 @@ class StepLoop:
 
     def __init__(self, model, optimizer, loss_fn, batches, start_step, accumulate=1):
         device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
-        self._optimizers = [optimizer]
-        with tf.device(device):
-            self._number = tf.Variable(
-                0, trainable=False, dtype=tf.int64
-            )  # of the step in its block, counted by the steps
-        self._step = _make_step(model, optimizer, loss_fn, batches, self._number, accumulate)
+        self._optimizers, self._steps = [optimizer], [BlockSteps(device)]
+        self._step = _make_step(model, optimizer, loss_fn, batches, *self._steps, accumulate)
         self._blocks = batches.blocks(start_step, device)
         self._block, self._position, self._length = None, 0, 0  # the block at hand, its steps done and in all
         self._chunk = 1  # steps; the first traces and compiles
@@ -69,7 +67,9 @@ class StepLoop:
             self._begin(next(self._blocks))
         count = min(self._chunk, most, self._length - self._position)
         begin = time.monotonic()
-        losses = tf.stack([self._launch(self._position + i) for i in range(count)]).numpy().tolist()
+        for _ in range(count):
+            self._step(*self._block)
+        losses = self._steps[0].losses(self._position, self._position + count)
         fitting = int(count * _CHUNK_SECONDS / (time.monotonic() - begin))
         # A hitch shortens the next chunk at once; from one good measurement it only doubles.
         self._chunk = max(1, min(fitting, max(self._chunk, 2 * count)))
@@ -77,12 +77,9 @@ class StepLoop:
         return losses
 
     def _begin(self, block):
-        self._number.assign(0)
+        for steps in self._steps:
+            steps.begin()
         self._block, self._position, self._length = block, 0, block[2].shape[0]
-
-    def _launch(self, number):
-        """The loss of a step of the block at hand, the one behind that of the last call."""
-        return self._step(*self._block)
 
     def set_rate_factor(self, factor):
         """Multiplies the learning rate by a factor from now on; the optimizer is an `AdamL2` with a `Schedule`."""
@@ -90,24 +87,57 @@ class StepLoop:
             getattr(optimizer, "inner_optimizer", optimizer).schedule.factor.assign(factor)
 
 
-def _make_step(model, optimizer, loss_fn, batches, number, accumulate):
-    """A tf.function of a block of `TrainingBatches.blocks`: takes step `number` of it, counts on, returns the loss."""
+def _make_step(model, optimizer, loss_fn, batches, steps, accumulate):
+    """A tf.function of a block of `TrainingBatches.blocks`: its next step by `steps`, a `BlockSteps`."""
     gradients = loss_and_gradients(model, optimizer, loss_fn, batches, accumulate)
-
-    # Compiled whatever becomes of the rest: else the number would go to the host, which would wait for it.
-    @tf.function(jit_compile=True, autograph=False)
-    def take(rows, draws):
-        taken = tf.gather(rows, number), tf.gather(draws, number)
-        number.assign_add(1)
-        return taken
 
     @tf.function(jit_compile=model.jit_compile, autograph=False)
     def step(images, masks, rows, draws):
-        loss, computed = gradients(images, masks, *take(rows, draws))
+        loss, computed = gradients(images, masks, *steps.take(rows, draws))
         optimizer.apply(computed, model.trainable_variables)
-        return loss
+        steps.record(loss)
 
     return step
+
+
+class BlockSteps:
+    """How far a device is in its block, and the losses of the block's steps, both of which the steps themselves keep.
+
+    A step whose arguments and results lie where those of the step before lay is a CUDA graph launched again as it is; a
+    loss handed out by each would be in another place each time.
+
+    Args:
+        device: such as "GPU:0", where that is kept.
+
+    Attributes:
+        take: tf.function of a block's rows and draws: those of the next step.
+    """
+
+    def __init__(self, device):
+        with tf.device(device):
+            self._number = number = tf.Variable(0, trainable=False, dtype=tf.int64)
+            self._losses = tf.Variable(tf.zeros(BLOCK_STEPS), trainable=False)
+
+        # Compiled whatever becomes of the rest: else the number would go to the host, which would wait for it.
+        @tf.function(jit_compile=True, autograph=False)
+        def take(rows, draws):
+            taken = tf.gather(rows, number), tf.gather(draws, number)
+            number.assign_add(1)
+            return taken
+
+        self.take = take
+
+    def begin(self):
+        """The next step is the first of a block."""
+        self._number.assign(0)
+
+    def record(self, loss):
+        """For a tf.function to trace: keeps the loss of the step that was taken last."""
+        self._losses.scatter_update(tf.IndexedSlices(loss, self._number - 1))
+
+    def losses(self, first, last):
+        """The losses of steps `first` up to `last`, a list of floats; waits for the step that ran last."""
+        return self._losses.numpy()[first:last].tolist()
 
 
 def loss_and_gradients(model, optimizer, loss_fn, batches, accumulate=1):

@@ -16,7 +16,7 @@ from unet_fast.errors import UserError
 
 RESIDENT_BYTES = 2**30  # training images and masks up to this size are put on the device once, for good
 _BLOCK_BYTES = 2**26  # of larger ones, what goes to the device at a time
-_BLOCK_STEPS = 256  # steps that are planned at a time
+BLOCK_STEPS = 256  # that are planned at a time, at most
 
 
 class TrainingBatches:
@@ -130,9 +130,9 @@ class TrainingBatches:
             with tf.device(device):
                 resident = [tf.constant(a[samples.indices]) for a in (dataset.images, dataset.masks)]
             stream = self._plan(start_step, part).batch(size, drop_remainder=True)
-            stream = stream.batch(_BLOCK_STEPS, drop_remainder=True)
+            stream = stream.batch(BLOCK_STEPS, drop_remainder=True)
             return ((*resident, *block) for block in _on_device(stream, device))
-        steps = min(max(_BLOCK_BYTES // (sample_bytes * size), 1), _BLOCK_STEPS)
+        steps = min(max(_BLOCK_BYTES // (sample_bytes * size), 1), BLOCK_STEPS)
         rows = tf.reshape(tf.range(steps * size, dtype=tf.int64), (steps, size))
 
         def load(position, draws):
