@@ -248,35 +248,6 @@ def test_second_order_gradient_is_refused_in_one_line():
         outer.gradient(gradient, kernel)
 
 
-def _gradient_ops(function, *inputs):
-    """Attributes of the gradient ops in a function's graph, by the op's type, in the order of the forward pass."""
-    graph = tf.function(function).get_concrete_function(*inputs).graph
-    return [op for op in reversed(graph.get_operations()) if op.type.endswith("BiasReluGrad")]
-
-
-def test_a_gradient_that_its_consumers_have_masked_is_not_masked_again():
-    x, k1, k2, k3 = normal(1, 1, 12, 12, 8), normal(2, 3, 3, 8, 8), normal(3, 3, 3, 8, 8), normal(4, 2, 2, 8, 8)
-    inputs = [tf.constant(array) for array in (x, k1, k2, k3)]
-    zeros = tf.zeros(8)
-
-    def gradients(x, k1, k2, k3, masks=True, elsewhere=False):
-        with tf.GradientTape() as tape:
-            tape.watch((x, k1, k2, k3))
-            a = ops.conv2d_bias_relu(x, k1, zeros)
-            b = ops.conv2d_bias_relu(a, k2, zeros, input_is_relu=masks)
-            c = ops.conv2d_transpose_bias_relu(b, k3, zeros)
-            total = tf.reduce_sum(c * c) + (tf.reduce_sum(a) if elsewhere else 0.0)
-        return tape.gradient(total, (x, k1, k2, k3))
-
-    # Of a, b and c: a's consumer masks where it is told to, b's by itself, c's is no convolution.
-    for options, expected in [({}, [True, True, False]), ({"masks": False}, [False, True, False]),
-                              ({"elsewhere": True}, [False, True, False])]:  # fmt: skip
-        run = functools.partial(gradients, **options)
-        assert [op.get_attr("dy_is_masked") for op in _gradient_ops(run, *inputs)] == expected
-        for value, eager in zip(tf.function(run)(*inputs), run(*inputs), strict=True):
-            np.testing.assert_allclose(value, eager, rtol=1e-5, atol=1e-5 * np.abs(eager).max())
-
-
 def _gradient_op(dy, x, kernel, bias, skip=None, *, pool=False, **attributes):
     """The gradient op itself: [dx, dskip, dkernel, dbias], without dskip where there is no skip."""
     y = ops.conv2d_bias_relu(x, kernel, bias, skip, pool=pool, **attributes)
@@ -330,62 +301,3 @@ def test_dy_that_is_larger_than_y_is_refused_by_name(shape, jit):
     run = tf.function(_gradient_op, jit_compile=True) if jit else _gradient_op
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"dy: expected y's shape \[1, 6, 6, 4\] or a smaller"):
         run(tf.zeros(shape), *arrays)
-
-
-def _two_levels(image, *kernels):
-    """Gradients of a U-Net of depth 1 with respect to its kernels."""
-    zeros = tf.zeros(8)
-    with tf.GradientTape() as tape:
-        tape.watch(kernels)
-        skip, x = ops.conv2d_bias_relu(image, kernels[0], zeros, pool=True)
-        x = ops.conv2d_bias_relu(x, kernels[1], zeros, input_is_relu=True)
-        x = ops.conv2d_transpose_bias_relu(x, kernels[2], zeros)
-        y = ops.conv2d_bias_relu(x, kernels[3], zeros, skip, input_is_relu=True)
-        loss = tf.reduce_sum(y**2)
-    return tape.gradient(loss, kernels)
-
-
-@pytest.mark.parametrize("side", [18, 19])
-def test_a_skip_passes_no_zeros_back(side):
-    shapes = [(2, side, side, 3), (3, 3, 3, 8), (3, 3, 8, 8), (3, 3, 8, 8), (3, 3, 16, 8)]
-    arrays = [tf.constant(normal(seed, *shape, scale=0.2)) for seed, shape in enumerate(shapes)]
-    pooled, low, _, expanding = _gradient_ops(_two_levels, *arrays)
-    assert pooled.inputs[0].op.type == "UnetFastConv2DBiasReluGrad"
-    # The gradient of a convolution that pools masks whatever comes back: its consumers need not.
-    assert [op.get_attr("mask_dx") for op in (low, expanding)] == [False, True] and not expanding.get_attr("mask_dskip")
-    assert pooled.inputs[0].shape == (2, 12, 12, 8) and pooled.inputs[2].shape == (2, side - 2, side - 2, 8)
-    compiled = tf.function(_two_levels, jit_compile=True)
-    hlo = compiled.experimental_get_compiler_ir(*arrays)(stage="optimized_hlo")
-    assert hlo.count("unet_fast_conv2d_bias_relu_grad") >= 3 and " pad(" not in hlo
-    eager = _two_levels(*arrays)
-    for run in (tf.function(_two_levels), compiled):
-        for value, expected in zip(run(*arrays), eager, strict=True):
-            np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize(
-    ("paddings", "value", "size"),
-    [
-        ([[0, 0], [2, 2], [3, 3], [0, 0]], 0.0, (12, 10)),
-        ([[0, 0], [2, 3], [0, 0], [0, 0]], 0.0, (11, 16)),
-        ([[0, 0], [3, 2], [1, 1], [0, 0]], 0.0, None),  # beside the centre
-        ([[1, 0], [2, 2], [1, 1], [0, 0]], 0.0, None),
-        ([[0, 0], [2, 2], [1, 1], [0, 1]], 0.0, None),
-        ([[0, 0], [2, 2], [1, 1], [0, 0]], 1.0, None),  # no zeros
-    ],
-)
-def test_of_all_paddings_only_zeros_around_the_centre_are_left_out(paddings, value, size):
-    image, kernel = tf.constant(normal(1, 2, 18, 18, 3)), tf.constant(normal(2, 3, 3, 3, 8))
-    shape = [whole - sum(padding) for whole, padding in zip((2, 16, 16, 8), paddings, strict=True)]
-    part = tf.constant(normal(3, *shape))
-
-    def run(image, kernel, dy):
-        with tf.GradientTape() as tape:
-            tape.watch(kernel)
-            y = ops.conv2d_bias_relu(image, kernel, tf.zeros(8))
-        return tape.gradient(y, kernel, tf.pad(dy, paddings, constant_values=value))
-
-    (gradient,) = _gradient_ops(run, image, kernel, part)
-    assert gradient.inputs[0].shape[1:3] == (size or (16, 16))
-    graph, eager = tf.function(run)(image, kernel, part), run(image, kernel, part)
-    np.testing.assert_array_equal(graph, eager)

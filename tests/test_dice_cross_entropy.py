@@ -129,6 +129,22 @@ def test_wrong_arguments_are_one_clear_line():
         ops.dice_cross_entropy(labels_of(0, 1, 4, 4), tf.zeros((1, 4, 4, 2)), include_background=False, ignore_class=1)
     with pytest.raises(UserError, match="label_smoothing"):
         ops.dice_cross_entropy(labels_of(0, 1, 4, 4), tf.zeros((1, 4, 4, 3)), label_smoothing=1.0)
+    with pytest.raises(UserError, match=r"label_smoothing in \[0, 1\), got -0.5"):
+        ops.dice_cross_entropy(labels_of(0, 1, 4, 4), tf.zeros((1, 4, 4, 3)), label_smoothing=-0.5)
+
+
+@pytest.mark.parametrize("shape", [None, (None, None, None, None), (None, 4, 4, 3)], ids=str)
+def test_unknown_shapes_are_those_of_the_call(shape):
+    run = tf.function(ops.dice_cross_entropy, input_signature=[tf.TensorSpec(None, tf.int32), tf.TensorSpec(shape)])
+    labels, logits = labels_of(0, 2, 4, 4), normal(1, 2, 4, 4, 3)
+    np.testing.assert_allclose(run(labels, logits), ops.dice_cross_entropy(labels, logits), rtol=1e-6)
+
+
+def test_a_number_of_classes_that_is_known_is_checked_while_the_graph_is_built():
+    signature = [tf.TensorSpec((None, 4, 4), tf.int32), tf.TensorSpec((None, 4, 4, 1))]
+    run = tf.function(functools.partial(ops.dice_cross_entropy, include_background=False), input_signature=signature)
+    with pytest.raises(UserError, match="expected a class to count"):
+        run.get_concrete_function()
     with pytest.raises(tf.errors.InvalidArgumentError, match="labels: expected shape"):
         ops.dice_cross_entropy(labels_of(0, 1, 4, 5), tf.zeros((1, 4, 4, 3)))
     with pytest.raises(tf.errors.InvalidArgumentError, match="class_weights: expected shape"):
