@@ -99,9 +99,9 @@ def test_our_kernels_alone_are_looked_at_and_only_memcheck_spaces_the_arrays(mon
     gpu_check.sanitize("sanitizer", ["python", "pass.py"], parts=2)
     ours = ["--kernel-name", "kernel_substring=unet_fast"]
     options = {"memcheck": ["--padding", "4096"], "racecheck": [], "initcheck": [], "synccheck": []}
-    without_cudnn = {"racecheck": ["--ours"], "initcheck": ["--ours"]}
+    engines = {"racecheck": ["--engines", "sm90", "wmma"], "initcheck": ["--engines", "wmma"]}
     assert sorted(commands) == sorted(
-        ["sanitizer", "--tool", tool, *ours, *own, "python", "pass.py", *without_cudnn.get(tool, []), "--part", part]
+        ["sanitizer", "--tool", tool, *ours, *own, "python", "pass.py", *engines.get(tool, []), "--part", part]
         for tool, own in options.items()
         for part in ("1/2", "2/2")
     )
@@ -208,6 +208,31 @@ def test_the_sanitizer_is_recorded_and_kept(checkout, sanitizer, monkeypatch):
     assert json.loads((checkout / "report.json").read_text())["sanitizer"] == entry
     assert gpu_check.main(["--sanitize", "initcheck"]) == 0
     assert json.loads((checkout / "report.json").read_text())["sanitizer"]["racecheck"] == entry["racecheck"]
+
+
+def test_what_has_ended_is_recorded_when_a_tool_is_cut_off(checkout, monkeypatch):
+    ended = []
+
+    def run(command):
+        if command[command.index("--tool") + 1] != "initcheck":
+            return 0, CLEAN
+        while len(ended) < 3 or not (checkout / "report.json").exists():  # the others, and the tests
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    recorded = gpu_check._Recorder.sanitized
+    monkeypatch.setattr(
+        gpu_check._Recorder, "sanitized", lambda self, results: recorded(self, results) or ended.append(results)
+    )
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "sanitizer")
+    monkeypatch.setattr(gpu_check, "_run_in_time", run)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--sanitize"])
+    report = json.loads((checkout / "report.json").read_text())
+    assert report["passed"] == 1
+    assert {tool: entry["outcome"] for tool, entry in report["sanitizer"].items()} == dict.fromkeys(
+        ("memcheck", "racecheck", "synccheck"), "passed"
+    )
 
 
 def test_a_missing_sanitizer_is_recorded(checkout, monkeypatch, capsys):

@@ -8,6 +8,7 @@ has of the others stays where it is of the same sources.
 
 import argparse
 import ast
+import collections
 import concurrent.futures
 import json
 import os
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree
 from pathlib import Path
@@ -27,9 +29,9 @@ REPORT = TESTS / "report.json"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Arrays lie so close that what is beyond the end of one would be another; this much between them belongs to none.
 _SANITIZER_OPTIONS = {"memcheck": ("--padding", "4096")}
-# racecheck and initcheck fail on what they do not see: cuDNN's kernels end in the first one's own "failed to handle a
-# hardware exception", and what they have written is not initialised for the second one.
-_PASS_OPTIONS = {"racecheck": ("--ours",), "initcheck": ("--ours",)}
+# Two fail on what they do not see: cuDNN's kernels end in racecheck's own "failed to handle a hardware exception", and
+# neither what they write nor what TMA writes, on which sm90 rests, is initialised for initcheck before CUDA 13.1.
+_PASS_OPTIONS = {"racecheck": ("--engines", "sm90", "wmma"), "initcheck": ("--engines", "wmma")}
 _SANITIZER_SECONDS = 600  # that a tool may take
 _SANITIZER_PARTS = 4  # processes that share a tool's pass, each of which keeps a core busy and the GPU hardly at all
 # The last line of small_pass.py. Some versions of compute-sanitizer report no errors of a program that never started.
@@ -138,7 +140,7 @@ def _run_in_time(command):
         return process.returncode, output
 
 
-def sanitize(sanitizer, command, tools=SANITIZER_TOOLS, parts=1):
+def sanitize(sanitizer, command, tools=SANITIZER_TOOLS, parts=1, ended=lambda results: None):
     """Run small_pass.py under tools of compute-sanitizer, all of them at once.
 
     Args:
@@ -146,6 +148,7 @@ def sanitize(sanitizer, command, tools=SANITIZER_TOOLS, parts=1):
         command: list, the program and its arguments; it gets the options of small_pass.py besides.
         tools: names of tools.
         parts: how many processes share a tool's pass.
+        ended: called with what there is to return whenever a tool has ended.
 
     Returns:
         dict from a tool's name to its `outcome` (passed, failed, not available), number of `errors` (None if a part did
@@ -171,16 +174,23 @@ def sanitize(sanitizer, command, tools=SANITIZER_TOOLS, parts=1):
             print(shown, file=sys.stderr)
         return bool(passed), errors, seconds
 
-    def collect(tool, futures):
-        passed, errors, seconds = zip(*(future.result() for future in futures), strict=True)
+    def collect(tool, found):
+        passed, errors, seconds = zip(*found, strict=True)
         outcome = "passed" if all(passed) else "failed"
         total = None if None in errors else sum(errors)
         print(f"{tool}: {outcome}, {total} errors, {max(seconds):.1f} s", flush=True)
         return {"outcome": outcome, "errors": total, "seconds": round(max(seconds), 1)}
 
     with concurrent.futures.ThreadPoolExecutor(max(len(tools) * parts, 1)) as pool:
-        futures = {tool: [pool.submit(run, tool, i + 1) for i in range(parts)] for tool in tools}
-        return {tool: collect(tool, parts_of_tool) for tool, parts_of_tool in futures.items()}
+        futures = {pool.submit(run, tool, i + 1): tool for tool in tools for i in range(parts)}
+        found, results = collections.defaultdict(list), {}
+        for future in concurrent.futures.as_completed(futures):
+            tool = futures[future]
+            found[tool].append(future.result())
+            if len(found[tool]) == parts:
+                results[tool] = collect(tool, found[tool])
+                ended(dict(results))
+    return {tool: results[tool] for tool in tools}
 
 
 def previous_sanitizer(path, fingerprint):
@@ -231,10 +241,30 @@ def parse_arguments(arguments=None):
     return asked
 
 
-def _write(report, sanitized):
-    temporary = REPORT.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**report, "sanitizer": sanitized} if sanitized else report, indent=1) + "\n")
-    os.replace(temporary, REPORT)
+class _Recorder:
+    """Writes the report once the tests are through, and again with each tool that ends: it may all be cut off."""
+
+    def __init__(self, previous):
+        self._previous, self._sanitized, self._report = previous, {}, None
+        self._lock = threading.Lock()
+
+    def tested(self, report):
+        with self._lock:
+            self._report = report
+            self._write()
+
+    def sanitized(self, results):
+        with self._lock:
+            self._sanitized = results
+            if self._report is not None:
+                self._write()
+
+    def _write(self):
+        sanitized = merge_sanitizer(self._previous, self._sanitized)
+        temporary = REPORT.with_suffix(".tmp")
+        report = {**self._report, "sanitizer": sanitized} if sanitized else self._report
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(temporary, REPORT)
 
 
 def main(arguments=None):
@@ -268,9 +298,11 @@ def main(arguments=None):
         )
     files = sorted(TESTS.glob("test_*.py"))
     small_pass = [sys.executable, str(TESTS / "small_pass.py"), "--once"]
+    previous = previous_sanitizer(REPORT, _native.fingerprint)
+    recorder = _Recorder(previous)
     # All at once: each keeps a core busy, and leaves most of the GPU and of its memory to others.
     with concurrent.futures.ThreadPoolExecutor(len(files) + 1) as pool:
-        sanitizing = pool.submit(sanitize, sanitizer, small_pass, asked.sanitize, _SANITIZER_PARTS)
+        sanitizing = pool.submit(sanitize, sanitizer, small_pass, asked.sanitize, _SANITIZER_PARTS, recorder.sanitized)
         tests = {name: test for found in pool.map(run_file, files) for name, test in found.items()}
         outcomes = [test["outcome"] for test in tests.values()]
         report = {
@@ -287,10 +319,9 @@ def main(arguments=None):
             "skipped": outcomes.count("skipped"),
             "tests": tests,
         }
-        previous = previous_sanitizer(REPORT, _native.fingerprint)
-        _write(report, merge_sanitizer(previous, {}))  # a sanitizer can take minutes more, and be interrupted
+        recorder.tested(report)
         sanitized = sanitizing.result()
-    _write(report, merge_sanitizer(previous, sanitized))
+    recorder.sanitized(sanitized)
     print(
         f"{REPORT.relative_to(ROOT)}: {report['passed']} passed, {report['failed']} failed, {report['skipped']} skipped"
     )

@@ -1,15 +1,16 @@
 """Every GPU kernel once, small, for compute-sanitizer: see docs/testing.md.
 
-    PYTHONPATH=. python3 tests/gpu/small_pass.py [--only NAME] [--once] [--ours] [--part I/N]
+    PYTHONPATH=. python3 tests/gpu/small_pass.py [--only NAME] [--once] [--engines NAME ...] [--part I/N]
 
 Goes over every engine and tile, the slow paths of odd channel counts, first and last layer, transposed convolutions,
 pooling and loss, forward and gradient, in float16 and, from compute capability 8.0, bfloat16. Results must be finite
-and, in a second run on fresh memory, the same to the bit; whether they are right is tested in test_kernels.py.
+and the same to the bit in two runs, of which one finds NaN in outputs and workspace and the other ones: what is read before
+it is written, or not written at all, shows. Whether results are right is tested in test_kernels.py.
 
 It uses neither PyTorch nor TensorFlow: their start takes minutes under a sanitizer, and their allocators hand out parts of
-large blocks, beyond whose ends nothing is noticed. Every array is an allocation of its own. Inputs are written in full,
-outputs and workspace not at all, so that initcheck sees what is read before it is written, and an output that is not
-written in full when it is copied back.
+large blocks, beyond whose ends nothing is noticed. Every array is an allocation of its own. With --once outputs and
+workspace are left as they come, so that initcheck sees for itself what is read before it is written, and an output that is
+not written in full when it is copied back.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import native
 import numpy as np
 
 _COMPUTE_CAPABILITY_MAJOR = 75  # of the driver's CUdevice_attribute
+FILLINGS = (0xFF, 0x3F)  # NaN in every type; 1.8 in float16, 0.75 in bfloat16 and float32
 
 
 class Device:
@@ -60,6 +62,9 @@ class Device:
         pointer = array.ctypes.data_as(ctypes.c_void_p)
         self._call("cuMemcpyDtoH_v2", pointer, ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes))
 
+    def fill(self, address, size, byte):
+        self._call("cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(byte), ctypes.c_size_t(size))
+
     def wait(self):
         self._call("cuCtxSynchronize")
 
@@ -73,10 +78,12 @@ class Arrays:
     Args:
         device: Device.
         dtype: "float16" or "bfloat16", that of `values` and `output` unless they are told another.
+        filling: every byte of outputs and workspace before a kernel writes there; None to leave them as they come.
     """
 
-    def __init__(self, device, dtype):
+    def __init__(self, device, dtype, filling=None):
         self.dtype = dtype
+        self._filling = filling
         self._device = device
         self._random = np.random.default_rng(0)
         self._addresses = []
@@ -106,12 +113,18 @@ class Arrays:
     def output(self, *shape, dtype=None):
         """Address of an array for a kernel to write in full."""
         dtype = np.dtype(dtype or ("float16" if self.dtype == "float16" else "uint16"))
-        address = self._allocate(math.prod(shape) * dtype.itemsize)
+        address = self._filled(math.prod(shape) * dtype.itemsize)
         self._outputs.append((address, shape, dtype))
         return address
 
     def workspace(self, size):
-        return self._allocate(size) if size else 0
+        return self._filled(size) if size else 0
+
+    def _filled(self, size):
+        address = self._allocate(size)
+        if size and self._filling is not None:
+            self._device.fill(address, size, self._filling)
+        return address
 
     def digest(self):
         """Hash of all outputs.
@@ -268,8 +281,8 @@ def cases(kernels, engines):
         choices = native.tuning(kernels, engine=engine)
         add(f"{engine}, larger than the card", conv2d, (1, 282, 282), 8, 8, pool=True, choices=choices)
 
-    if "sm90" in kernels.engines:
-        for i in range(kernels.engines["sm90"][0]):  # enough channels for four blocks to share a sum
+    if "sm90" in engines:
+        for i in range(engines["sm90"]["gemm"]):  # enough channels for four blocks to share a sum
             choices = native.tuning(kernels, engine="sm90", gemm=i)
             for pool in (False, True):
                 name = f"sm90, tile {i}, many channels, {'pool' if pool else 'no pool'}"
@@ -328,9 +341,9 @@ def cases(kernels, engines):
     return made
 
 
-def digest(device, dtype, run):
+def digest(device, dtype, run, filling):
     """Runs a case on memory of its own; the hash of its outputs."""
-    arrays = Arrays(device, dtype)
+    arrays = Arrays(device, dtype, filling)
     try:
         run(arrays)
         return arrays.digest()
@@ -342,25 +355,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="NAME", help="only the cases whose names contain NAME")
     parser.add_argument("--once", action="store_true", help="run a case once, not twice to compare")
-    parser.add_argument("--ours", action="store_true", help="nothing on cuDNN, nowhere")
+    parser.add_argument("--engines", nargs="+", metavar="NAME", help="only these, as far as the build has them")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only each N-th case, from the I-th on")
     asked = parser.parse_args()
     part, parts = map(int, asked.part.split("/"))
     kernels = native.load_kernels()
     engines = native.tiles(kernels)
-    if asked.ours:
-        engines.pop("cudnn", None)
-        # Where no engine is asked for, too; what it does not serve runs on wmma. Read when the first kernel is launched.
-        os.environ["UNET_FAST_ENGINE"] = "sm90" if "sm90" in engines else "wmma"
+    if asked.engines:
+        engines = {name: counts for name, counts in engines.items() if name in asked.engines}
+        if not engines:
+            parser.error(f"expected engines of {', '.join(native.tiles(kernels))}, got {', '.join(asked.engines)}")
+        # Where a case asks for none, too; what it does not serve runs on wmma. Read when the first kernel is launched.
+        os.environ["UNET_FAST_ENGINE"] = next(name for name in asked.engines if name in engines)
     device, failed = Device(), 0
     chosen = [(name, run) for name, run in cases(kernels, engines).items() if asked.only in name]
     chosen = dict(chosen[part - 1 :: parts])
     for name, run in chosen.items():
         for dtype in device.dtypes:
             try:
-                first = digest(device, dtype, run)
-                same = asked.once or digest(device, dtype, run) == first
-                outcome = "" if same else "two runs differ"
+                first, *others = [digest(device, dtype, run, byte) for byte in ((None,) if asked.once else FILLINGS)]
+                outcome = "two runs differ" if any(other != first for other in others) else ""
             except (AssertionError, RuntimeError) as error:
                 outcome = str(error)
             if outcome:
