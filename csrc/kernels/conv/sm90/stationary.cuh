@@ -318,8 +318,7 @@ __device__ void Multiply(const StationaryArgs& g, int group, const Shared& share
           const float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
           ptx::StoreShared4(sums + i / 4 * 2048, v[0], v[1], v[2], v[3]);
         }
-        __syncwarp();
-        if (lane == 0) ptx::BarrierArrive(shared.SumsFull());
+        ptx::BarrierArrive(shared.SumsFull());
         continue;
       }
       ptx::BarrierWait(shared.SumsFull(), parity);
@@ -329,8 +328,7 @@ __device__ void Multiply(const StationaryArgs& g, int group, const Shared& share
         const float4 w = ptx::LoadShared4(sums + i / 4 * 2048);
         v[0] += w.x, v[1] += w.y, v[2] += w.z, v[3] += w.w;
       }
-      __syncwarp();
-      if (lane == 0) ptx::BarrierArrive(shared.SumsEmpty());
+      ptx::BarrierArrive(shared.SumsEmpty());
     }
     if (masked) {
       ptx::BarrierWait(shared.Masked(group), mask_parity);
@@ -371,8 +369,9 @@ __global__ __launch_bounds__(kStationaryThreads, 1) void StationaryKernel(const 
     for (int group = 0; group < 2; ++group) ptx::BarrierInit(shared.Masked(group), 1);
     ptx::BarrierInit(shared.WeightsFull(), 1);
     ptx::BarrierInit(shared.WeightsRead(), 8);
-    ptx::BarrierInit(shared.SumsFull(), 4);
-    ptx::BarrierInit(shared.SumsEmpty(), 4);
+    // Each thread for itself: racecheck takes no other thread's arrival for it, whatever a warp has agreed on before.
+    ptx::BarrierInit(shared.SumsFull(), 128);
+    ptx::BarrierInit(shared.SumsEmpty(), 128);
     ptx::BarrierInitFence();
     ptx::PrefetchTensorMap(&g.source[0]);
     ptx::PrefetchTensorMap(&g.weights);

@@ -237,8 +237,7 @@ __device__ void MultiplyEven(const UpsamplingArgs& g, int half, const Shared& sh
         const float* v = sum[i / (kCols / 2)] + i % (kCols / 2);
         ptx::StoreShared4(sums + i / 4 * 2048, v[0], v[1], v[2], v[3]);
       }
-      __syncwarp();
-      if (lane == 0) ptx::BarrierArrive(shared.SumsFull(array));
+      ptx::BarrierArrive(shared.SumsFull(array));
       continue;
     }
     ptx::BarrierWait(shared.SumsFull(array), parity);
@@ -248,8 +247,7 @@ __device__ void MultiplyEven(const UpsamplingArgs& g, int half, const Shared& sh
       const float4 w = ptx::LoadShared4(sums + i / 4 * 2048);
       v[0] += w.x, v[1] += w.y, v[2] += w.z, v[3] += w.w;
     }
-    __syncwarp();
-    if (lane == 0) ptx::BarrierArrive(shared.SumsEmpty(array));
+    ptx::BarrierArrive(shared.SumsEmpty(array));
     Store<T>(g, shared, t, 0, sum, bias);
   }
   if (thread == 0) ptx::StoreWaitRead();
@@ -312,8 +310,8 @@ __global__ __launch_bounds__(upsampling::kThreads, 1) void UpsamplingKernel(cons
     ptx::BarrierInit(shared.WeightsFull(), 1);
     ptx::BarrierInit(shared.WeightsRead(), 12);
     for (int i = 0; i < 2; ++i) {
-      ptx::BarrierInit(shared.SumsFull(i), 4);
-      ptx::BarrierInit(shared.SumsEmpty(i), 4);
+      ptx::BarrierInit(shared.SumsFull(i), 128);
+      ptx::BarrierInit(shared.SumsEmpty(i), 128);
     }
     ptx::BarrierInitFence();
     ptx::PrefetchTensorMap(&g.source);
