@@ -34,7 +34,7 @@ $(VENV)/.installed: $(VENV)/.locked $(SOURCES)
 # Newer releases into the lock: of what is needed to run, to develop and to build.
 lock: $(VENV)/.locked
 	$(BIN)/pip install --quiet uv
-	$(BIN)/python tests/supply_chain.py requirements | $(BIN)/uv pip compile pyproject.toml - --extra dev --universal \
+	$(BIN)/python tests/supply_chain.py requirements | $(BIN)/uv pip compile - --universal --python-version 3.10 \
 	  --upgrade --generate-hashes --no-header --no-annotate --quiet --output-file requirements-dev.lock
 	$(BIN)/python tests/supply_chain.py licences > docs/licences.md
 

@@ -1,4 +1,4 @@
-"""Builds the native libraries with CMake; everything else is in pyproject.toml.
+"""Builds the native libraries with CMake, and requires the TensorFlow they are built for; the rest is in pyproject.toml.
 
 Environment variables, all optional:
   UNET_FAST_CUDA=0               (or off) build for the CPU only, even where there is an nvcc
@@ -11,6 +11,7 @@ and for a source distribution SOURCE_DATE_EPOCH, the time of all its files in se
 
 import gzip
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -27,6 +28,34 @@ from setuptools.command.sdist import sdist
 # That CMake reads once, when it configures.
 VARIABLES = ("UNET_FAST_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "PATH")
 ROOT = pathlib.Path(__file__).parent.resolve()
+TENSORFLOW = ("2.20", "2.21")  # releases whose interfaces csrc/ is written for, the newest last
+REQUIREMENTS = [  # beside TensorFlow
+    "numpy",
+    "tifffile<=2026.3.3",  # later ones lack TiffPageSeries.get_axes, which data/tiff.py reads axes of length 1 by
+    "imagecodecs",
+    "pillow",
+    "nibabel",
+    "indexed_gzip",  # which nibabel reads slices of a .nii.gz by
+    "scipy",
+    "scikit-image",
+    "matplotlib",
+    "rich",
+    "jinja2",
+]
+
+
+def _tensorflow():
+    """The requirement of the release that is here, since a library is good for one; of the newest where none is."""
+    try:
+        release = ".".join(importlib.metadata.version("tensorflow").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        release = TENSORFLOW[-1]
+    if release not in TENSORFLOW:
+        sys.exit(
+            f"unet_fast: expected TensorFlow {' or '.join(TENSORFLOW)}, found {release}; install one of those, or build "
+            "with `pip install .`, which brings its own"
+        )
+    return f"tensorflow=={release}.*"
 
 
 def _program(name, folder):
@@ -104,5 +133,6 @@ class ReproducibleSdist(sdist):
 setup(
     # The extension itself is CMake's; naming it makes the wheel one for this platform and this Python.
     ext_modules=[Extension("unet_fast._native", sources=[])],
+    install_requires=[_tensorflow(), *REQUIREMENTS],
     cmdclass={"build_ext": CMakeBuild, "sdist": ReproducibleSdist},
 )

@@ -1,9 +1,10 @@
 """What unet_fast is built from, run with and developed with, by the lock and what is installed.
 
-python tests/supply_chain.py requirements    # what the build needs, a line each, for `make lock`
+python tests/supply_chain.py requirements    # all that is asked for, a line each, for `make lock`
 python tests/supply_chain.py licences        # docs/licences.md
 """
 
+import ast
 import contextlib
 import importlib.metadata
 import pathlib
@@ -43,6 +44,21 @@ def project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def to_run():
+    """What is needed to run, of the newest TensorFlow: a list of requirements."""
+    for statement in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(statement, ast.Assign) and [target.id for target in statement.targets] == ["REQUIREMENTS"]:
+            (tensorflow,) = (line for line in project()["build-system"]["requires"] if line.startswith("tensorflow"))
+            return [tensorflow, *ast.literal_eval(statement.value)]
+    raise LookupError("setup.py: no list REQUIREMENTS")
+
+
+def to_develop():
+    """What is needed to export and to develop beside that: a list of requirements."""
+    extras = project()["project"]["optional-dependencies"]
+    return [line for extra in ("export", "dev") for line in extras[extra] if not line.startswith("unet_fast")]
+
+
 def locked():
     """The lock: a dict from a package's normalised name to a list of (version, marker or None, hashes), one a line that pins it."""
     found = {}
@@ -61,18 +77,13 @@ def needed(develop=True, build=True):
     Args:
         develop, build: whether what is needed to develop and to build counts, beside what is needed to run.
     """
-    asked = project()
-    wanted = [Requirement(line) for line in asked["project"]["dependencies"]]
-    wanted += [Requirement(line) for line in asked["build-system"]["requires"] if build]
-    wanted += [Requirement("unet_fast[dev]")] if develop else []
+    wanted = [Requirement(line) for line in to_run()]
+    wanted += [Requirement(line) for line in project()["build-system"]["requires"] if build]
+    wanted += [Requirement(line) for line in to_develop() if develop]
     names, environment = set(), default_environment()
     while wanted:
         requirement = wanted.pop()
         name = canonicalize_name(requirement.name)
-        if name == "unet-fast":
-            lines = asked["project"]["optional-dependencies"]
-            wanted += [Requirement(line) for extra in requirement.extras for line in lines[extra]]
-            continue
         active = [environment | {"extra": extra} for extra in ("", *requirement.extras)]
         if requirement.marker and not any(requirement.marker.evaluate(each) for each in active):
             continue
@@ -133,7 +144,7 @@ def table():
 
 def main():
     if sys.argv[1:] == ["requirements"]:
-        print(*project()["build-system"]["requires"], sep="\n")
+        print(*to_run(), *to_develop(), *project()["build-system"]["requires"], sep="\n")
     elif sys.argv[1:] == ["licences"]:
         print(table(), end="")
     else:

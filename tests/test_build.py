@@ -1,8 +1,10 @@
 """The build's variables, as far as CMake's configuration goes; needs what a build needs."""
 
+import importlib.metadata
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -56,3 +58,29 @@ def test_the_cuda_compiler_and_architectures_are_those_asked_for(tmp_path, varia
     code, output = _configure(tmp_path / "build", CUDA_HOME=str(toolkit), **variables)
     assert code == 0, output
     assert re.search(rf"CUDA on: {re.escape(str(nvcc))} \S+, architectures {architectures} ", output), output
+
+
+def _requirements(monkeypatch, release):
+    """What setup.py requires beside that release of TensorFlow, or beside none."""
+    setuptools, asked = pytest.importorskip("setuptools"), {}
+
+    def version(name):
+        if release is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return release
+
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: asked.update(arguments))
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return asked["install_requires"]
+
+
+@pytest.mark.parametrize(("release", "required"), [("2.20.1", "2.20.*"), ("2.21.0", "2.21.*"), (None, "2.21.*")])
+def test_the_tensorflow_of_the_build_is_required(monkeypatch, release, required):
+    requirements = _requirements(monkeypatch, release)
+    assert requirements[0] == f"tensorflow=={required}" and "numpy" in requirements
+
+
+def test_another_tensorflow_stops_the_build(monkeypatch):
+    with pytest.raises(SystemExit, match=r"expected TensorFlow 2.20 or 2.21, found 2.19; install one of those"):
+        _requirements(monkeypatch, "2.19.1")

@@ -1,12 +1,16 @@
 """What is pinned, by which hashes, and under which licences."""
 
+import importlib.metadata
 import subprocess
 import sys
 
 import pytest
 import supply_chain
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def test_every_release_in_the_lock_is_pinned_by_hashes():
@@ -19,26 +23,39 @@ def test_every_release_in_the_lock_is_pinned_by_hashes():
 
 
 def test_the_lock_has_what_the_project_asks_for():
-    """For each Python that it runs on one release, of the range that pyproject.toml gives."""
-    project, lock = supply_chain.project(), supply_chain.locked()
-    extras = project["project"]["optional-dependencies"]
-    lines = [
-        *project["project"]["dependencies"],
-        *extras["dev"],
-        *extras["export"],
-        *project["build-system"]["requires"],
-    ]
-    for line in lines:
+    """For each Python that it runs on one release, of the range that setup.py and pyproject.toml give."""
+    lock = supply_chain.locked()
+    for line in [
+        *supply_chain.to_run(),
+        *supply_chain.to_develop(),
+        *supply_chain.project()["build-system"]["requires"],
+    ]:
         requirement = Requirement(line)
-        if canonicalize_name(requirement.name) == "unet-fast":
-            continue
         pins = lock[canonicalize_name(requirement.name)]
-        for python in ("3.10", "3.11", "3.12", "3.13"):
+        for python in PYTHONS:
             here = {"python_version": python, "python_full_version": f"{python}.0"}
             (version,) = {v for v, marker, _ in pins if marker is None or marker.evaluate(here)}
             assert requirement.specifier.contains(version), (
                 f"{line}: the lock has {version} for Python {python}; `make lock`"
             )
+
+
+def test_no_release_in_the_lock_is_for_a_python_that_it_does_not_support():
+    """By what the releases that are installed here say of themselves."""
+    for name, pins in supply_chain.locked().items():
+        for version, marker, _ in pins:
+            try:
+                about = importlib.metadata.metadata(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            if about["Version"] != version or not about["Requires-Python"]:
+                continue
+            for python in PYTHONS:
+                here = {"python_version": python, "python_full_version": f"{python}.99"}
+                if marker is None or marker.evaluate(here):
+                    assert SpecifierSet(about["Requires-Python"]).contains(f"{python}.99"), (
+                        f"{name} {version} for Python {python}; `make lock`"
+                    )
 
 
 def test_everything_that_is_needed_here_is_locked():
