@@ -134,6 +134,23 @@ def test_choices_name_the_engine_of_a_layer_and_why(capability, dtype, engine, d
 
 
 @needs_cuda_build
+def test_what_was_measured_on_an_h100_comes_before_the_rules():
+    from unet_fast import _native
+
+    if {"sm90", "cudnn"} - set(_native.gpu.engines):
+        pytest.skip("the build lacks an engine")
+
+    def detail(batch, layer, product, capability=90, dtype="bfloat16"):
+        rows = choices.layer_choices(FusedUNet(backend="fused"), batch, capability, dtype)
+        return next((r["engine"], r["detail"]) for r in rows if (r["layer"], r["product"]) == (layer, product))
+
+    assert detail(8, "down4_conv2", "weight gradient") == ("cudnn", "plan 0 of its heuristic, measured")
+    assert detail(1, "up1_conv2", "weight gradient") == ("sm90", "tiles of 192 by 128, 44 parts, measured")
+    assert "measured" not in detail(2, "down4_conv2", "weight gradient")[1]
+    assert "measured" not in detail(8, "down4_conv2", "weight gradient", capability=100)[1]
+
+
+@needs_cuda_build
 def test_info_shows_the_layers(capsys):
     assert main(["info", "--layers", "--batch", "2"]) == 0
     assert "batch 2" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """`unet-fast tune` as far as it goes without a GPU: which timing is chosen, and the file. tests/gpu has the rest."""
 
+import json
+import pathlib
 import types
 
 import pytest
@@ -106,3 +108,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_arguments_that_make_no_sense(capsys, arguments, message):
     assert main(["tune", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_table_that_comes_with_the_package_is_of_the_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+    import measured_table
+
+    products = json.loads(measured_table.PRODUCTS.read_text())
+    assert measured_table.TABLE.read_text() == measured_table.table(products)
+    assert len({row["key"] for row in products["products"]}) == len(products["products"])

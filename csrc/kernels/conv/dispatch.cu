@@ -333,8 +333,9 @@ ProductChoice Describe(const Product& p, int capability) {
   const std::string unsupported = Unsupported(p.dtype, capability);
   if (!unsupported.empty()) return {p.name, "none", unsupported};
   // What was measured on the device that is here says nothing of another.
-  const Choice choice = capability == ComputeCapability() ? ChosenFor(ProductKey(p)) : Choice();
-  const std::string measured = choice.engine == Engine::kAuto ? "" : ", chosen";
+  const std::string key = ProductKey(p);
+  const Choice choice = capability == ComputeCapability() ? ChosenFor(key) : ShippedFor(key, capability);
+  const std::string measured = choice.engine == Engine::kAuto ? "" : ", measured";
   if (const std::string plan = OnCudnn(p, choice, capability); !plan.empty()) return {p.name, "cudnn", plan + measured};
   if (const std::string tile = OnSm90(p, choice, capability); !tile.empty()) return {p.name, "sm90", tile + measured};
   return {p.name, "wmma", WhyWmma(choice, p.is_wgrad ? p.wgrad.vector : p.gemm.vector, capability)};

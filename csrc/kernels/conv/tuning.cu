@@ -9,6 +9,8 @@
 #include <mutex>
 #include <sstream>
 #include <unordered_map>
+
+#include "conv/measured.h"
 #ifdef UNET_FAST_CUDNN
 #include "conv/cudnn/engine.h"
 #endif
@@ -169,7 +171,18 @@ Choice ChosenFor(const std::string& key) {
   const auto [table, is_new] = tables.of_device.try_emplace(CurrentDevice());
   if (is_new) table->second = Read();
   const auto found = table->second.find(key);
-  return found == table->second.end() ? Choice() : found->second;
+  return found == table->second.end() ? ShippedFor(key, ComputeCapability()) : found->second;
+}
+
+Choice ShippedFor(const std::string& key, int capability) {
+  static const Table* table = [] {
+    Table* t = new Table;
+    Parse(kMeasured, t);
+    return t;
+  }();
+  if (capability != 90) return Choice();
+  const auto found = table->find(key.substr(key.find(' ') + 1));
+  return found == table->end() ? Choice() : found->second;
 }
 
 std::string TuningPath() {
