@@ -50,18 +50,19 @@ std::atomic<bool>& HasFailed(Engine engine) {
   return failed[static_cast<int>(engine)];
 }
 
-// Whether the next engine is to run a product that ended in `status` on this one: it is not served, or the engine fails,
-// as cuDNN may in a process that lacks a part of it. That is said once, and the engine not asked again.
+// Whether the next engine is to run a product that ended in `status` on this one: it is not served, or the engine
+// fails, as cuDNN may in a process that lacks a part of it. That is said once, and the engine not asked again.
 bool PassesOn(Engine engine, int status) {
   if (status == cudaErrorNotSupported) return true;
   if (status == 0) return false;
   const char* require = std::getenv("UNET_FAST_REQUIRE_KERNELS");
   if (require != nullptr && std::string(require) == "1") return false;
   if (!HasFailed(engine).exchange(true)) {
-    std::fprintf(stderr,
-                 "unet_fast: the engine %s failed (%s) and is left out from now on; with UNET_FAST_REQUIRE_KERNELS=1 that "
-                 "is an error\n",
-                 EngineName(engine), cudaGetErrorString(static_cast<cudaError_t>(status)));
+    std::fprintf(
+        stderr,
+        "unet_fast: the engine %s failed (%s) and is left out from now on; with UNET_FAST_REQUIRE_KERNELS=1 that "
+        "is an error\n",
+        EngineName(engine), cudaGetErrorString(static_cast<cudaError_t>(status)));
   }
   cudaGetLastError();  // is not the next engine's
   return true;

@@ -88,10 +88,12 @@ struct Schedule {
   __device__ explicit Schedule(const KernelArgs& g) : tile(blockIdx.x), step(gridDim.x) {
     if constexpr (S::kSplit) rank = static_cast<int>(ptx::ClusterRank()), tile = blockIdx.x / g.splits, step = g.tiles;
   }
-  // The tile of turn `t`, which goes from `tile` on in steps. Where tiles differ, as those of several lists do, the longest
-  // of which come first, every second round is in reverse: else blocks that begin with a long one would have one more.
+  // The tile of turn `t`, which goes from `tile` on in steps. Where tiles differ, as those of several lists do, the
+  // longest of which come first, every second round is in reverse: else blocks that begin with a long one would have
+  // one more.
   __device__ int Turn(const KernelArgs& g, int t) const {
-    if (S::kShare == 1 && S::kBlocks == 1 && !S::kSplit && g.lists > 1 && t / step % 2 == 1) return t + step - 1 - 2 * tile;
+    if (S::kShare == 1 && S::kBlocks == 1 && !S::kSplit && g.lists > 1 && t / step % 2 == 1)
+      return t + step - 1 - 2 * tile;
     return t;
   }
   __device__ int First(const KernelArgs& g, int loads) const { return S::kSplit ? loads * rank / g.splits : 0; }

@@ -5,10 +5,10 @@
 // the source's row and r = 2 of the row above, the odd one r = 1; columns likewise. Tiles follow one another down a
 // strip, so one row of pixels is loaded for each.
 //
-// Three warpgroups keep a third of the weights each, of six taps and 64 channels: the first two the even row's, and the first
-// one adds up what both gave and stores it; the third one has the odd row's three taps for all 128 channels. So while
-// some put results together, others keep the tensor cores busy. Of a warpgroup's weights five taps are in registers,
-// and one, for which there are none left, in shared memory.
+// Three warpgroups keep a third of the weights each, of six taps and 64 channels: the first two the even row's, and the
+// first one adds up what both gave and stores it; the third one has the odd row's three taps for all 128 channels. So
+// while some put results together, others keep the tensor cores busy. Of a warpgroup's weights five taps are in
+// registers, and one, for which there are none left, in shared memory.
 #pragma once
 
 #include "conv/sm90/stationary.cuh"
@@ -140,8 +140,8 @@ __device__ void LoadBias(const UpsamplingArgs& g, float (&bias)[2]) {
   }
 }
 
-// Products of a row of pixels, from the one left of the tile on, with one of the two rows of the kernel: to even and odd
-// columns.
+// Products of a row of pixels, from the one left of the tile on, with one of the two rows of the kernel: to even and
+// odd columns.
 template <typename T>
 __device__ void MultiplyRow(Sum& sum, const Weights& a, uint32_t kept, int row, uint32_t pixels) {
 #pragma unroll
