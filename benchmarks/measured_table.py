@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 PRODUCTS = ROOT / "benchmarks" / "results" / "h100-products.json"
 TABLE = ROOT / "csrc" / "kernels" / "conv" / "measured.h"
 HEAD = """// What the products of UNet_Medical's network, a batch of 8 and of 1, were fastest on, on {card},
-// where that is not what the rules say. In the format of a tuning file (tuning.cu), its type left out: bfloat16 takes the
-// same time. Written by benchmarks/measured_table.py.
+// where that is not what the rules say. In the format of a tuning file (tuning.cu), its type left out: bfloat16 takes
+// the same time. Written by benchmarks/measured_table.py.
 #pragma once
 
 namespace unet_fast::gpu {{

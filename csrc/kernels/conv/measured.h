@@ -1,6 +1,6 @@
 // What the products of UNet_Medical's network, a batch of 8 and of 1, were fastest on, on an NVIDIA H100 80GB HBM3,
-// where that is not what the rules say. In the format of a tuning file (tuning.cu), its type left out: bfloat16 takes the
-// same time. Written by benchmarks/measured_table.py.
+// where that is not what the rules say. In the format of a tuning file (tuning.cu), its type left out: bfloat16 takes
+// the same time. Written by benchmarks/measured_table.py.
 #pragma once
 
 namespace unet_fast::gpu {

@@ -1,8 +1,8 @@
 // What was chosen for this machine: the engine and configuration that a product runs on.
 //
 // A file a card holds it, read once a process, when a product is first met. Where it has nothing of a product, what was
-// measured before the build counts; where that has nothing, the dispatch keeps to its rules. So a choice never depends on
-// when it is asked for.
+// measured before the build counts; where that has nothing, the dispatch keeps to its rules. So a choice never depends
+// on when it is asked for.
 #pragma once
 
 #include <string>
