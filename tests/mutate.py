@@ -15,6 +15,7 @@ import collections
 import importlib.abc
 import importlib.util
 import json
+import linecache
 import os
 import pathlib
 import signal
@@ -74,6 +75,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
     def get_data(self, path):
         if path != self._path:
             raise OSError(path)  # there is no bytecode of it
+        # AutoGraph compiles functions anew from what Python shows as their source; without a time it counts as current.
+        linecache.cache[path] = len(self._source), None, self._source.splitlines(keepends=True), path
         return self._source.encode()
 
 
