@@ -15,7 +15,6 @@ import collections
 import importlib.abc
 import importlib.util
 import json
-import linecache
 import os
 import pathlib
 import signal
@@ -61,10 +60,13 @@ def mutants(path):
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
-    """Gives one module another source."""
+    """Gives one module another source.
+
+    By a path where nothing is: AutoGraph compiles functions anew from the source that their file has, if there is one.
+    """
 
     def __init__(self, name, path, source):
-        self._name, self._path, self._source = name, str(path), source
+        self._name, self._path, self._source = name, str(path.with_suffix(".mutant.py")), source
 
     def find_spec(self, name, path=None, target=None):
         return importlib.util.spec_from_file_location(name, self._path, loader=self) if name == self._name else None
@@ -75,8 +77,6 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
     def get_data(self, path):
         if path != self._path:
             raise OSError(path)  # there is no bytecode of it
-        # AutoGraph compiles functions anew from what Python shows as their source; without a time it counts as current.
-        linecache.cache[path] = len(self._source), None, self._source.splitlines(keepends=True), path
         return self._source.encode()
 
 
