@@ -60,10 +60,13 @@ def mutants(path):
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
-    """Gives one module another source."""
+    """Gives one module another source.
+
+    By a path where nothing is: AutoGraph compiles functions anew from the source that their file has, if there is one.
+    """
 
     def __init__(self, name, path, source):
-        self._name, self._path, self._source = name, str(path), source
+        self._name, self._path, self._source = name, str(path.with_suffix(".mutant.py")), source
 
     def find_spec(self, name, path=None, target=None):
         return importlib.util.spec_from_file_location(name, self._path, loader=self) if name == self._name else None

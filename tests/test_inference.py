@@ -176,6 +176,16 @@ def test_scale_is_a_factor_not_a_size():
     np.testing.assert_allclose(probabilities[2:-2, 2:-2, 1], (1 / (1 + np.exp(-image)))[2:-2, 2:-2], atol=0.01)
 
 
+def test_another_input_size_is_another_model_with_the_same_weights():
+    model = FusedUNet((44, 60, 1), filters=2, depth=1, padding="valid")
+    other = with_input_size(model, 44)
+    assert other is not model and other.input_shape == (None, 44, 44, 1)
+    for ours, theirs in zip(other.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert with_input_size(other, 44) is other  # nothing is built again
+    assert with_input_size(other, 60).input_shape == (None, 60, 60, 1)
+
+
 def test_tta_averages_flips():
     model = FusedUNet((16, 16, 1), filters=4, depth=1, padding="same")
     image = rng.integers(0, 256, (16, 16)).astype(np.uint8)

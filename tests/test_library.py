@@ -64,12 +64,12 @@ def test_many_ops_side_by_side_under_xla_do_not_wait_for_each_other():
 def test_another_tensorflow_is_named_with_the_mend(monkeypatch):
     _library._load.cache_clear()
     _library.status.cache_clear()
-    monkeypatch.setattr(_native, "tensorflow_version", "2.20.0")
+    monkeypatch.setattr(_native, "tensorflow_version", "2.19.0")
     try:
         status = _library.status()
         assert not status.available
-        assert status.reason.startswith(f"built for TensorFlow 2.20, found {tf.__version__}; reinstall unet_fast")
-        with pytest.raises(_library.UnavailableError, match=r"built for TensorFlow 2\.20"):
+        assert status.reason.startswith(f"built for TensorFlow 2.19, found {tf.__version__}; reinstall unet_fast")
+        with pytest.raises(_library.UnavailableError, match=r"built for TensorFlow 2\.19"):
             ops.max_pool2d(tf.zeros((1, 2, 2, 1)))
     finally:
         _library._load.cache_clear()

@@ -36,9 +36,9 @@ class Threshold:
         return np.stack([np.zeros_like(x[..., 0]), 50 * x[..., 0]], -1)
 
 
-def a_run(channels=1, dtype="uint8"):
+def a_run(channels=1, dtype="uint8", values=(0, 255)):
     top = float(np.iinfo(dtype).max)
-    facts = checkpoints.DataFacts("folder", 2, (0.0, top), (16, 16, channels), dtype, (0, 255))
+    facts = checkpoints.DataFacts("folder", 2, (0.0, top), (16, 16, channels), dtype, values)
     return checkpoints.Run(Path("a run"), Threshold(channels), TrainConfig(data="unused"), facts)
 
 
@@ -57,6 +57,15 @@ def test_tiles_of_padding_same_are_averaged_with_gaussian_weights():
     weight = np.exp(-0.5 * ((np.arange(16) - 7.5) / (16 / 8)) ** 2)
     first, second = np.pad(weight, (0, 8)), np.pad(weight, (8, 0))
     np.testing.assert_allclose(actual, (0.1 * first + 0.75 * second) / (first + second), atol=1e-5)
+
+
+@pytest.mark.parametrize(("highest", "dtype"), [(255, "uint8"), (256, "uint16"), (65535, "uint16")])
+def test_labels_have_the_masks_values_in_the_smallest_type_that_holds_them(tmp_path, highest, dtype):
+    image = rng.integers(0, 255, (1, 20, 30), endpoint=True).astype("uint8")
+    write_tiff(tmp_path / "in.tif", image)
+    inference.predict_files(a_run(values=(7, highest)), tmp_path / "in.tif", tmp_path / "out.tif")
+    labels = open_stack(tmp_path / "out.tif").rows(0, 0, 20)
+    assert labels.dtype == dtype and sorted(np.unique(labels)) == [7, highest]
 
 
 SUFFIXES = [".tif", ".png", ".nii", ".nii.gz"]

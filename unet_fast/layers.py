@@ -321,7 +321,8 @@ class FusedConv2DTranspose(keras.layers.Conv2DTranspose):
         return super().call(inputs)
 
     def get_config(self):
-        return {**super().get_config(), "backend": self.backend}
+        # Keras 3.12, the last one for Python 3.10, leaves output_padding out.
+        return {**super().get_config(), "output_padding": self.output_padding, "backend": self.backend}
 
 
 @keras.saving.register_keras_serializable(package="unet_fast")
