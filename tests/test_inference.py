@@ -16,7 +16,7 @@ import tifffile
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from unet_fast import checkpoints, inference
+from unet_fast import checkpoints, inference, tiling
 from unet_fast.config import TrainConfig
 from unet_fast.data import evaluation_dataset, open_stack, read_png, read_tiff, write_png, write_tiff
 from unet_fast.data.dataset import Dataset
@@ -174,6 +174,26 @@ def test_scale_is_a_factor_not_a_size():
     probabilities = predict_image(model, image, value_range=(-1, 1), scale=(0.5, 0.5))
     assert probabilities.shape == (128, 64, 2)
     np.testing.assert_allclose(probabilities[2:-2, 2:-2, 1], (1 / (1 + np.exp(-image)))[2:-2, 2:-2], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "upsampling", "stays"),
+    [((60, 60), "transpose3x3", True), ((18, 18), "transpose2x2", True), ((18, 18), "transpose3x3", False),
+     ((18, 60), "transpose3x3", False), ((60, 18), "transpose3x3", False)],
+)  # fmt: skip
+def test_tiles_are_those_of_training_unless_they_cannot_be_put_together(size, upsampling, stays):
+    model = FusedUNet((*size, 1), filters=2, depth=1, padding="valid", upsampling=upsampling)
+    tiles = inference._tiled(model, None)
+    assert (tiles is model) == stays
+    assert min(tiles.output_shape[1:3]) >= tiling.smallest_output(model)
+
+
+def test_options_are_given_by_name(tmp_path):
+    model = FusedUNet((16, 16, 1), filters=2, depth=1, padding="same")
+    with pytest.raises(TypeError, match="positional"):
+        predict_image(model, np.zeros((16, 16), np.uint8), (0, 255))
+    with pytest.raises(TypeError, match="positional"):
+        inference.predict_files([], tmp_path, tmp_path, 60)
 
 
 def test_another_input_size_is_another_model_with_the_same_weights():
