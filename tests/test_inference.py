@@ -303,12 +303,16 @@ def test_runs_of_an_ensemble(tmp_path, stack):
     for changed, message in (
         (
             {"mask_values": (0, 1)},
-            r"a run: expected a run on data like that of a run, with mask_values \(0, 255\), got \(0, 1\)",
+            r"another: expected a run on data like that of a run, with mask_values \(0, 255\), got \(0, 1\)",
         ),
         ({"value_range": (0.0, 1.0)}, "with value_range"),
-        ({"image_shape": (64, 64, 1)}, "rescales its images"),
+        (
+            {"image_shape": (64, 64, 1)},
+            r"another: expected a run that rescales its images like a run, by \(0\.5, 0\.5\), got \(0\.25, ",
+        ),
     ):
-        other = dataclasses.replace(runs[1], facts=dataclasses.replace(runs[1].facts, **changed))
+        facts = dataclasses.replace(runs[1].facts, **changed)
+        other = dataclasses.replace(runs[1], path=Path("another"), facts=facts)
         with pytest.raises(UserError, match=message):
             inference.predict_files([runs[0], other], tmp_path / "in.tif", tmp_path / "none.tif")
     assert not (tmp_path / "none.tif").exists()
