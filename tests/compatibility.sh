@@ -21,7 +21,7 @@ if [ "$how" = --refused ]; then
     echo "stock: $(PYTHONPATH=$source "$bin/python" -c 'import numpy; from unet_fast import FusedUNet; print(FusedUNet((32, 32, 1), filters=2, depth=1, padding="same")(numpy.zeros((1, 32, 32, 1))).shape)' 2>/dev/null)"
     exit
 fi
-"$bin/pip" install --quiet "setuptools>=77" numpy "pybind11>=2.13" "cmake>=3.24" ninja
+"$bin/pip" install --quiet "setuptools>=77" numpy "pybind11>=2.13" "cmake>=3.24" ninja packaging tomli  # the last two for supply_chain.py
 if [ "$how" = --no-build ]; then
     cp -r "$source/unet_fast" "$source/tests" "$source/setup.py" "$source/pyproject.toml" "$work"
     rm -f "$work"/unet_fast/*.so

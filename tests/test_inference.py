@@ -16,7 +16,7 @@ import tifffile
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from unet_fast import checkpoints, inference
+from unet_fast import checkpoints, inference, tiling
 from unet_fast.config import TrainConfig
 from unet_fast.data import evaluation_dataset, open_stack, read_png, read_tiff, write_png, write_tiff
 from unet_fast.data.dataset import Dataset
@@ -176,6 +176,26 @@ def test_scale_is_a_factor_not_a_size():
     np.testing.assert_allclose(probabilities[2:-2, 2:-2, 1], (1 / (1 + np.exp(-image)))[2:-2, 2:-2], atol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("size", "upsampling", "stays"),
+    [((60, 60), "transpose3x3", True), ((18, 18), "transpose2x2", True), ((18, 18), "transpose3x3", False),
+     ((18, 60), "transpose3x3", False), ((60, 18), "transpose3x3", False)],
+)  # fmt: skip
+def test_tiles_are_those_of_training_unless_they_cannot_be_put_together(size, upsampling, stays):
+    model = FusedUNet((*size, 1), filters=2, depth=1, padding="valid", upsampling=upsampling)
+    tiles = inference._tiled(model, None)
+    assert (tiles is model) == stays
+    assert min(tiles.output_shape[1:3]) >= tiling.smallest_output(model)
+
+
+def test_options_are_given_by_name(tmp_path):
+    model = FusedUNet((16, 16, 1), filters=2, depth=1, padding="same")
+    with pytest.raises(TypeError, match="positional"):
+        predict_image(model, np.zeros((16, 16), np.uint8), (0, 255))
+    with pytest.raises(TypeError, match="positional"):
+        inference.predict_files([], tmp_path, tmp_path, 60)
+
+
 def test_another_input_size_is_another_model_with_the_same_weights():
     model = FusedUNet((44, 60, 1), filters=2, depth=1, padding="valid")
     other = with_input_size(model, 44)
@@ -283,12 +303,16 @@ def test_runs_of_an_ensemble(tmp_path, stack):
     for changed, message in (
         (
             {"mask_values": (0, 1)},
-            r"a run: expected a run on data like that of a run, with mask_values \(0, 255\), got \(0, 1\)",
+            r"another: expected a run on data like that of a run, with mask_values \(0, 255\), got \(0, 1\)",
         ),
         ({"value_range": (0.0, 1.0)}, "with value_range"),
-        ({"image_shape": (64, 64, 1)}, "rescales its images"),
+        (
+            {"image_shape": (64, 64, 1)},
+            r"another: expected a run that rescales its images like a run, by \(0\.5, 0\.5\), got \(0\.25, ",
+        ),
     ):
-        other = dataclasses.replace(runs[1], facts=dataclasses.replace(runs[1].facts, **changed))
+        facts = dataclasses.replace(runs[1].facts, **changed)
+        other = dataclasses.replace(runs[1], path=Path("another"), facts=facts)
         with pytest.raises(UserError, match=message):
             inference.predict_files([runs[0], other], tmp_path / "in.tif", tmp_path / "none.tif")
     assert not (tmp_path / "none.tif").exists()

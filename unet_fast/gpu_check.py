@@ -156,7 +156,9 @@ def sanitize(sanitizer, command, tools=SANITIZER_TOOLS, parts=1, ended=lambda re
         command failed or never ran.
     """
     if sanitizer is None:
-        return {tool: {"outcome": "not available", "errors": None, "seconds": 0.0} for tool in tools}
+        results = {tool: {"outcome": "not available", "errors": None, "seconds": 0.0} for tool in tools}
+        ended(results)
+        return results
 
     def run(tool, part):
         # Of our kernels alone, not cuDNN's: their names have the namespace in them.
@@ -298,8 +300,7 @@ def main(arguments=None):
         )
     files = sorted(TESTS.glob("test_*.py"))
     small_pass = [sys.executable, str(TESTS / "small_pass.py"), "--once"]
-    previous = previous_sanitizer(REPORT, _native.fingerprint)
-    recorder = _Recorder(previous)
+    recorder = _Recorder(previous_sanitizer(REPORT, _native.fingerprint))
     # All at once: each keeps a core busy, and leaves most of the GPU and of its memory to others.
     with concurrent.futures.ThreadPoolExecutor(len(files) + 1) as pool:
         sanitizing = pool.submit(sanitize, sanitizer, small_pass, asked.sanitize, _SANITIZER_PARTS, recorder.sanitized)
@@ -321,7 +322,6 @@ def main(arguments=None):
         }
         recorder.tested(report)
         sanitized = sanitizing.result()
-    recorder.sanitized(sanitized)
     print(
         f"{REPORT.relative_to(ROOT)}: {report['passed']} passed, {report['failed']} failed, {report['skipped']} skipped"
     )

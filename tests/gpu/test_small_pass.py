@@ -1,6 +1,5 @@
 """Every kernel once, small: nothing is read before it is written, and nothing left unwritten."""
 
-import pathlib
 import subprocess
 import sys
 
@@ -16,7 +15,6 @@ pytestmark = pytest.mark.gpu
 
 
 def test_what_lay_in_memory_before_makes_no_difference():
-    pass_ = pathlib.Path(small_pass.__file__)
-    result = subprocess.run([sys.executable, str(pass_)], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, small_pass.__file__], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.splitlines()[-1].endswith("none failed")
