@@ -32,7 +32,8 @@ constexpr int kThreads = 512;
 constexpr int kSlots = 8, kStage = 6 * 1024;  // of a row of pixels; two stages a slot, of 64 channels each
 constexpr int kOut = 2 * kCols * 128, kSums = 2 * kCols * 64 * 4;  // of a row of results; two of each
 constexpr int kBarriers = 4 * kSlots + 6;
-constexpr int kPieces = 20;  // of 16 channels, of a tap: those in registers, of 24
+constexpr int kWeightsBarrier = 3;  // a named one, beside those of Store
+constexpr int kPieces = 20;         // of 16 channels, of a tap: those in registers, of 24
 constexpr int kData = 2 * (kSlots * kStage + kOut + kSums), kKept = 3 * kTap;
 constexpr size_t kSharedBytes = 1024 + kData + kKept + kBarriers * 8;
 static_assert((kCols + 1) * 128 <= kStage);
@@ -127,8 +128,9 @@ __device__ void LoadWeights(const Shared& shared, const FirstTaps& taps, Weights
     const uint32_t tap = shared.stages + (taps.row[i / 12] + i % 12 / 4) * kTap;
     ptx::LoadMatrix<false>(tap + r * 128 + ((chunk ^ row) << 4), a[i]);
   }
-  __syncwarp();
-  if (lane == 0) ptx::BarrierArrive(shared.WeightsRead());
+  // All have read before any writes over them, be it a sum or, through the thread that loads, a pixel.
+  ptx::NamedBarrier(kWeightsBarrier, 384);
+  if (threadIdx.x == 0) ptx::BarrierArrive(shared.WeightsRead());
 }
 
 template <typename T>
@@ -308,7 +310,7 @@ __global__ __launch_bounds__(upsampling::kThreads, 1) void UpsamplingKernel(cons
       ptx::BarrierInit(shared.Empty(i), 12);
     }
     ptx::BarrierInit(shared.WeightsFull(), 1);
-    ptx::BarrierInit(shared.WeightsRead(), 12);
+    ptx::BarrierInit(shared.WeightsRead(), 1);
     for (int i = 0; i < 2; ++i) {
       ptx::BarrierInit(shared.SumsFull(i), 128);
       ptx::BarrierInit(shared.SumsEmpty(i), 128);
