@@ -32,8 +32,7 @@ constexpr int kThreads = 512;
 constexpr int kSlots = 8, kStage = 6 * 1024;  // of a row of pixels; two stages a slot, of 64 channels each
 constexpr int kOut = 2 * kCols * 128, kSums = 2 * kCols * 64 * 4;  // of a row of results; two of each
 constexpr int kBarriers = 4 * kSlots + 6;
-constexpr int kWeightsBarrier = 3;  // a named one, beside those of Store
-constexpr int kPieces = 20;         // of 16 channels, of a tap: those in registers, of 24
+constexpr int kPieces = 20;  // of 16 channels, of a tap: those in registers, of 24
 constexpr int kData = 2 * (kSlots * kStage + kOut + kSums), kKept = 3 * kTap;
 constexpr size_t kSharedBytes = 1024 + kData + kKept + kBarriers * 8;
 static_assert((kCols + 1) * 128 <= kStage);
@@ -129,8 +128,8 @@ __device__ void LoadWeights(const Shared& shared, const FirstTaps& taps, Weights
     ptx::LoadMatrix<false>(tap + r * 128 + ((chunk ^ row) << 4), a[i]);
   }
   // All have read before any writes over them, be it a sum or, through the thread that loads, a pixel.
-  ptx::NamedBarrier(kWeightsBarrier, 384);
-  if (threadIdx.x == 0) ptx::BarrierArrive(shared.WeightsRead());
+  ptx::BarrierArrive(shared.WeightsRead());
+  ptx::BarrierWait(shared.WeightsRead(), 0);
 }
 
 template <typename T>
@@ -310,7 +309,7 @@ __global__ __launch_bounds__(upsampling::kThreads, 1) void UpsamplingKernel(cons
       ptx::BarrierInit(shared.Empty(i), 12);
     }
     ptx::BarrierInit(shared.WeightsFull(), 1);
-    ptx::BarrierInit(shared.WeightsRead(), 1);
+    ptx::BarrierInit(shared.WeightsRead(), 384);
     for (int i = 0; i < 2; ++i) {
       ptx::BarrierInit(shared.SumsFull(i), 128);
       ptx::BarrierInit(shared.SumsEmpty(i), 128);
