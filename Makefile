@@ -13,7 +13,7 @@ export UNET_FAST_CUDA_ARCHS ?= $(patsubst 90,90a,$(or $(GPU),90))
 
 help:
 	@echo "make demo    build into $(VENV), train on synthetic images, evaluate, predict; results in $(DEMO)/"
-	@echo "make test    build into $(VENV) and run every test (TESTS=tests/test_ops.py: only those)"
+	@echo "make test    build into $(VENV) and run every test (TESTS=tests/test_layers.py: only those)"
 	@echo "make lint    ruff and clang-format, changing nothing;  make format: the same, mending"
 	@echo "make bench   the fused ops against stock Keras on this machine's CPU"
 	@echo "make lock    newer releases of what this is developed with, pinned in requirements-dev.lock; licences in docs/"
