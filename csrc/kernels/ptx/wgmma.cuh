@@ -67,6 +67,20 @@ __device__ void WgmmaWait() {
       : UNET_FAST_D32(0), UNET_FAST_D32(32)                                                                  \
       : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
 
+#define UNET_FAST_WGMMA_192(type)                                                                            \
+  asm volatile(                                                                                              \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"                                                           \
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type                                           \
+      " {"                                                                                                   \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+      "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"                                 \
+      "}, %96, %97, p, 1, 1, %99, %100;\n}\n"                                                                \
+      : UNET_FAST_D32(0), UNET_FAST_D32(32), UNET_FAST_D32(64)                                               \
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
+
 #define UNET_FAST_WGMMA_256(type)                                                                            \
   asm volatile(                                                                                              \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                          \
@@ -146,13 +160,15 @@ __device__ void WgmmaA(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, i
 template <typename T, int kN, int kTransposeA, int kTransposeB>
 __device__ void Wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  static_assert(kN == 40 || kN == 64 || kN == 128 || kN == 256);
+  static_assert(kN == 40 || kN == 64 || kN == 128 || kN == 192 || kN == 256);
   if constexpr (kN == 40 && kHalf) UNET_FAST_WGMMA_40("f16");
   if constexpr (kN == 40 && !kHalf) UNET_FAST_WGMMA_40("bf16");
   if constexpr (kN == 64 && kHalf) UNET_FAST_WGMMA_64("f16");
   if constexpr (kN == 64 && !kHalf) UNET_FAST_WGMMA_64("bf16");
   if constexpr (kN == 128 && kHalf) UNET_FAST_WGMMA_128("f16");
   if constexpr (kN == 128 && !kHalf) UNET_FAST_WGMMA_128("bf16");
+  if constexpr (kN == 192 && kHalf) UNET_FAST_WGMMA_192("f16");
+  if constexpr (kN == 192 && !kHalf) UNET_FAST_WGMMA_192("bf16");
   if constexpr (kN == 256 && kHalf) UNET_FAST_WGMMA_256("f16");
   if constexpr (kN == 256 && !kHalf) UNET_FAST_WGMMA_256("bf16");
 }
@@ -164,6 +180,7 @@ __device__ void Wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate
 #undef UNET_FAST_WGMMA_40
 #undef UNET_FAST_WGMMA_64
 #undef UNET_FAST_WGMMA_128
+#undef UNET_FAST_WGMMA_192
 #undef UNET_FAST_WGMMA_256
 #undef UNET_FAST_D32
 #undef UNET_FAST_D8

@@ -20,6 +20,13 @@ bool InThrees(const TapList& taps) {
   return true;
 }
 
+// Whether they are those of a 3x3 kernel.
+bool AreSquare(const TapList& taps) {
+  return taps.count == 9 && InThrees(taps) && taps.tap[0].col == taps.tap[3].col &&
+         taps.tap[3].col == taps.tap[6].col && taps.tap[3].row == taps.tap[0].row + 1 &&
+         taps.tap[6].row == taps.tap[0].row + 2;
+}
+
 // Of 64 channels, of all sources.
 int64_t Chunks(const GemmArgs& g) {
   int64_t chunks = 0;
@@ -100,13 +107,13 @@ std::string DescribeGemm(int config) {
 
 std::string Describe(const WgradPlan& plan) {
   const WgradConfig& c = kWgradConfigs[plan.config];
-  return "tiles of " + std::to_string(192 * c.rounds) + " by " + std::to_string(c.n) + ", " +
-         std::to_string(plan.splits) + (plan.splits == 1 ? " part" : " parts");
+  return "tiles of " + std::to_string(192 * c.rounds) + " by " + std::to_string(c.n) +
+         (c.strips ? " down strips, " : ", ") + std::to_string(plan.splits) + (plan.splits == 1 ? " part" : " parts");
 }
 
 WgradPlan PlanWgrad(const WgradArgs& g, int forced_config, int forced_splits) {
   constexpr int64_t kMaxSplits = 264, kMinSteps = 8;
-  constexpr double kWgradRate[kWgradConfigCount] = {0.86, 1.0, 0.93, 0.9, 0.8};  // as kGemmRate
+  constexpr double kWgradRate[kWgradConfigCount] = {0.86, 1.0, 0.93, 0.9, 0.8, 1.1};  // as kGemmRate
   int64_t chunks = 0;
   for (int s = 0; s < g.sources; ++s) chunks += CeilDiv(g.source[s].channels, 64);
   WgradPlan plan{-1, 1, 0, 0};
@@ -116,9 +123,10 @@ WgradPlan PlanWgrad(const WgradArgs& g, int forced_config, int forced_splits) {
     const WgradConfig& c = kWgradConfigs[i];
     if (forced_config >= 0 && forced_config < kWgradConfigCount && i != forced_config) continue;
     if (c.share == 3 && (g.stride != 1 || !InThrees(g.taps))) continue;
-    const int64_t positions = static_cast<int64_t>(g.batch) * g.out_h * (g.out_w + c.share - 1);
-    if (positions + 64 >= int64_t{1} << 31) continue;
-    const int64_t steps = std::max<int64_t>(1, CeilDiv(positions, 64));
+    if (c.strips && !AreSquare(g.taps)) continue;
+    const int64_t row = static_cast<int64_t>(g.batch) * (g.out_w + c.share - 1);  // of an image, or of all of them
+    if (row * g.out_h + 64 * g.out_h >= int64_t{1} << 31) continue;
+    const int64_t steps = std::max<int64_t>(1, c.strips ? CeilDiv(row, 64) * g.out_h : CeilDiv(row * g.out_h, 64));
     const int64_t units = chunks * g.taps.count / c.share;
     const int64_t tiles = CeilDiv(units, c.share == 3 ? c.rounds : 3 * c.rounds) * CeilDiv(g.n, c.n);
     const int64_t limit = forced_splits > 0 ? std::min<int64_t>(forced_splits, steps)

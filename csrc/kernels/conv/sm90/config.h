@@ -25,11 +25,14 @@ constexpr GemmConfig kGemmConfigs[] = {
     {64, 128, 1, false, 1, 0, 2}};
 constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(GemmConfig);
 
-// A tile of the weight gradient: three warpgroups of 64 * rounds rows each, and n columns; share as above.
+// A tile of the weight gradient: three warpgroups of 64 * rounds rows each, and n columns; share as above. strips: of
+// 3x3 convolutions, down strips of 64 positions (wgrad_strips.cuh).
 struct WgradConfig {
   int rounds, n, share;
+  bool strips = false;
 };
-constexpr WgradConfig kWgradConfigs[] = {{3, 64, 3}, {2, 128, 3}, {1, 128, 3}, {2, 128, 1}, {1, 128, 1}};
+constexpr WgradConfig kWgradConfigs[] = {{3, 64, 3},  {2, 128, 3}, {1, 128, 3},
+                                         {2, 128, 1}, {1, 128, 1}, {3, 64, 3, true}};
 constexpr int kWgradConfigCount = sizeof(kWgradConfigs) / sizeof(WgradConfig);
 
 }  // namespace unet_fast::gpu::sm90

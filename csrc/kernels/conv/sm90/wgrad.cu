@@ -1,4 +1,6 @@
-#include "conv/sm90/wgrad.cuh"
+#include "conv/sm90/wgrad_strips.cuh"
+
+#include <utility>
 
 #include "conv/sm90/engine.h"
 #include "conv/sm90/launch.h"
@@ -11,6 +13,20 @@ template <typename T, typename S>
 int LaunchWgrad(void* stream, const WgradKernelArgs& g, int units, int splits) {
   const dim3 grid(static_cast<unsigned>(CeilDiv(units, S::kTilesA) * g.tiles_n), splits);
   return Launch(WgradKernel<T, S>, grid, kWgradThreads, S::kSharedBytes, stream, g);
+}
+
+// What TMA walks over row by row, image by image, walked over image by image, row by row; and then some images that are
+// not there, which fill the last strip.
+PixelMap SideBySide(PixelMap map) {
+  std::swap(map.h, map.n), std::swap(map.row_stride, map.image_stride);
+  map.first_row = 0, map.rows = map.h + static_cast<int>(CeilDiv(map.box, map.cols));
+  return map;
+}
+
+template <typename T>
+int LaunchStrips(void* stream, const WgradKernelArgs& g, int units, int splits) {
+  const dim3 grid(static_cast<unsigned>(units / 3 * g.tiles_n), splits);
+  return Launch(WgradStripsKernel<T>, grid, kWgradThreads, strips::kSharedBytes, stream, g);
 }
 
 }  // namespace
@@ -27,7 +43,7 @@ int Wgrad(void* stream, DType dtype, const WgradArgs& g, const WgradPlan& plan, 
     const PixelMap map = {source.data,         source.channels, g.source_w, g.source_h, g.batch, source.row_stride,
                           source.image_stride, first.row,       g.out_h,    first.col,  cols,    g.stride,
                           64 + c.share - 1};
-    UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(map, dtype, &k.source[s]));
+    UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(c.strips ? SideBySide(map) : map, dtype, &k.source[s]));
   }
   const PixelMap dz = {g.dz,
                        g.n,
@@ -42,10 +58,10 @@ int Wgrad(void* stream, DType dtype, const WgradArgs& g, const WgradPlan& plan, 
                        cols,
                        1,
                        64};
-  UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(dz, dtype, &k.dz));
+  UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(c.strips ? SideBySide(dz) : dz, dtype, &k.dz));
   k.groups = Group(g.taps, c.share, first, k.group);
   k.positions_per_image = Divisor(static_cast<int64_t>(g.out_h) * cols), k.positions_per_row = Divisor(cols);
-  k.n = g.n, k.tiles_n = static_cast<int>(CeilDiv(g.n, c.n));
+  k.n = g.n, k.rows = g.out_h, k.tiles_n = static_cast<int>(CeilDiv(g.n, c.n));
   k.steps = plan.steps, k.steps_per_split = plan.steps_per_split;
   k.dweights = g.dweights, k.slabs = g.slabs, k.bias_slabs = bias_slabs;
   const int units = k.groups * (k.chunks[0] + k.chunks[1]);
@@ -60,8 +76,10 @@ int Wgrad(void* stream, DType dtype, const WgradArgs& g, const WgradPlan& plan, 
         return LaunchWgrad<T, WgradShape<1, 128, 3, 8>>(stream, k, units, plan.splits);
       case 3:
         return LaunchWgrad<T, WgradShape<2, 128, 1, 3>>(stream, k, units, plan.splits);
-      default:
+      case 4:
         return LaunchWgrad<T, WgradShape<1, 128, 1, 5>>(stream, k, units, plan.splits);
+      default:
+        return LaunchStrips<T>(stream, k, units, plan.splits);
     }
   });
 }

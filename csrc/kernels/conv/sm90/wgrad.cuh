@@ -21,7 +21,7 @@ struct WgradKernelArgs {
   TapGroup group[9];
   int first_row, first_col, step;
   Divisor positions_per_image, positions_per_row;
-  int channels[2], n;
+  int channels[2], n, rows;             // rows: of dz, in an image
   int tiles_n, steps, steps_per_split;  // steps: of 64 positions
   void* dweights;                       // where there is one split
   float *slabs, *bias_slabs;            // bias_slabs [splits, n], or null
