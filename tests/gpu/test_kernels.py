@@ -152,6 +152,17 @@ def test_every_tile_of_every_engine_gives_the_result(pool, engine, gemm, wgrad, 
 
 
 @both
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("splits", [0, 5])
+@pytest.mark.parametrize("wgrad", range(kernels.native.engines.get("sm90", (0, 0))[1]))
+def test_weight_gradients_of_wide_images(wgrad, splits, same, dtype):
+    """Wider than the 64 positions that a block takes at a time, which end in the midst of an image."""
+    x, kernel = normal(3, 11, 150, 72, dtype=dtype), normal(3, 3, 72, 80, dtype=dtype, scale=0.04)
+    choices = kernels.tuning(engine="sm90", wgrad=wgrad, splits=splits)
+    check_conv2d(x, kernel, normal(80, dtype=dtype), None, choices, same=same)
+
+
+@both
 @pytest.mark.parametrize(
     ("size", "channels", "filters", "k", "relu"),
     [
