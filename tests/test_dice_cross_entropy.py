@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from numerics import check, normal, outputs_and_gradients
 
-from unet_fast import ops, reference
+from unet_fast import _library, ops, reference
 from unet_fast.errors import UserError
 
 OPTIONS = [
@@ -149,3 +149,22 @@ def test_a_number_of_classes_that_is_known_is_checked_while_the_graph_is_built()
         ops.dice_cross_entropy(labels_of(0, 1, 4, 5), tf.zeros((1, 4, 4, 3)))
     with pytest.raises(tf.errors.InvalidArgumentError, match="class_weights: expected shape"):
         ops.dice_cross_entropy(labels_of(0, 1, 4, 4), tf.zeros((1, 4, 4, 3)), class_weights=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", ["dloss", "sums", "ce"])
+def test_a_gradient_of_other_sums_names_the_argument(name, jit):
+    """Only who calls the raw op can get that wrong; it is no reason to read what is not there."""
+    inputs = {"dloss": tf.ones(2), "sums": tf.ones((2, 3, 3)), "ce": tf.ones((2, 2)), name: tf.ones(1)}
+    attributes = {
+        "dice_weight": 1.0, "ce_weight": 1.0, "smooth": 1.0, "label_smoothing": 0.0, "has_ignore_class": False,
+        "ignore_class": 0, "include_background": True, "squared": False,
+    }  # fmt: skip
+
+    def grad():
+        return _library.raw_ops().unet_fast_dice_cross_entropy_grad(
+            labels=labels_of(0, 2, 4, 4), logits=tf.zeros((2, 4, 4, 3)), class_weights=tf.ones(3), **inputs, **attributes
+        )
+
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=f"{name}: expected shape"):
+        tf.function(grad, jit_compile=jit)()

@@ -111,7 +111,7 @@ needs_cuda_build = pytest.mark.skipif(not _library.status().cuda, reason="the li
     ("capability", "dtype", "engine", "detail"),
     [
         (90, "float16", "sm90", "weights in registers, 64 channels by 64"),
-        (80, "bfloat16", "cudnn", "plan 0 of its heuristic"),
+        (80, "bfloat16", "cudnn", "first working plan of its heuristic"),
         (75, "bfloat16", "none", "compute capability 8.0 or more is needed"),
         (90, "float32", "none", "float32 is left to stock TensorFlow"),
     ],
@@ -120,7 +120,7 @@ def test_choices_name_the_engine_of_a_layer_and_why(capability, dtype, engine, d
     from unet_fast import _native
 
     if engine == "sm90" and "sm90" not in _native.gpu.engines:
-        engine, detail = "cudnn", "plan 0 of its heuristic"
+        engine, detail = "cudnn", "first working plan of its heuristic"
     if engine == "cudnn" and "cudnn" not in _native.gpu.engines:
         engine, detail = "wmma", "the build has no cuDNN"
     rows = choices.layer_choices(FusedUNet(backend="fused"), 8, capability, dtype)
@@ -148,6 +148,29 @@ def test_what_was_measured_on_an_h100_comes_before_the_rules():
     assert detail(1, "up1_conv2", "weight gradient") == ("sm90", "tiles of 192 by 128, 44 parts, measured")
     assert "measured" not in detail(2, "down4_conv2", "weight gradient")[1]
     assert "measured" not in detail(8, "down4_conv2", "weight gradient", capability=100)[1]
+
+
+@needs_cuda_build
+def test_an_empty_batch_has_a_plan_whatever_was_forced():
+    from unet_fast import _native
+
+    problem, tuning = _native.gpu.Conv2DProblem(), _native.gpu.Conv2DTuning()
+    problem.dtype, problem.batch, problem.height, problem.width = "float16", 0, 8, 8
+    problem.channels = problem.filters = 64
+    problem.kernel_size = 3
+    tuning.splits = 4
+    assert _native.gpu.conv2d_bias_relu_grad_workspace_bytes(problem, tuning) >= 0
+
+
+@needs_cuda_build
+def test_results_beyond_what_offsets_reach_go_to_another_engine():
+    from unet_fast import _native
+
+    if "sm90" not in _native.gpu.engines:
+        pytest.skip("the build lacks the engine")
+    for batch, engine in ((1000, "sm90"), (5000, "wmma")):  # 2^35 elements of a result lie between them
+        rows = choices.layer_choices(FusedUNet(backend="fused"), batch, 90, "float16")
+        assert {r["engine"] for r in rows if (r["layer"], r["product"]) == ("down1_conv2", "forward")} == {engine}
 
 
 @needs_cuda_build

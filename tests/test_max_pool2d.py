@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from numerics import integers, outputs_and_gradients
 
-from unet_fast import ops, reference
+from unet_fast import _library, ops, reference
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -28,6 +28,17 @@ def test_a_single_row_has_no_output():
 def test_wrong_rank_names_the_argument():
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"x: expected a shape \[batch"):
         ops.max_pool2d(tf.zeros((4, 4, 2)))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("x", "dy", "message"),
+    [((2, 4, 4), (2, 2, 2), "x: expected a shape"), ((1, 4, 4, 2), (1, 2, 1, 2), "dy: expected shape")],
+)
+def test_a_gradient_of_another_shape_names_the_argument(x, dy, message, jit):
+    grad = tf.function(lambda x, dy: _library.raw_ops().unet_fast_max_pool2d_grad(x=x, dy=dy), jit_compile=jit)
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=message):
+        grad(tf.zeros(x), tf.zeros(dy))
 
 
 def test_static_shapes():

@@ -1,4 +1,6 @@
 // Lowering of UnetFastDiceCrossEntropy and its gradient.
+#include <utility>
+
 #include "xla/lowering.h"
 #ifdef UNET_FAST_CUDA
 #include "loss/gpu.h"
@@ -79,6 +81,13 @@ class Grad : public Base {
   void Compile(tensorflow::XlaOpKernelContext* c) override {
     Dims logits;
     if (!CheckInputs(c, 1, &logits)) return;
+    const std::pair<const char*, Dims> expected[] = {
+        {"dloss", {logits[0]}}, {"sums", {logits[0], 3, logits.back()}}, {"ce", {logits[0], 2}}};
+    for (const int i : {0, 1, 2}) {
+      const auto& [name, dims] = expected[i];
+      OP_REQUIRES_OK(
+          c, Invalid("dice_cross_entropy gradient", CheckDims(name, ToDims(c->InputShape(i == 0 ? 0 : 3 + i)), dims)));
+    }
     EmitCustomCall(c, "unet_fast_dice_cross_entropy_grad", attributes_, {RowMajor(c->input_xla_type(2), logits)});
   }
 };

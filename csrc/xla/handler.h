@@ -80,8 +80,9 @@ inline ffi::Error GpuError(const char* op, int error) {
   return ffi::Error::Internal(std::string(op) + ": " + CudaErrorString(error));
 }
 
-// GPU handlers only launch, and always the same kernels for the same shapes and attributes: XLA may record them into a
-// CUDA graph and replay that.
+// GPU handlers launch always the same kernels for the same shapes and attributes: XLA may record them into a CUDA graph
+// and replay that. What cuDNN is to run was planned when the program was compiled; on another device than the current
+// one of then it is at the first launch, which enqueues nothing.
 #define UNET_FAST_DEFINE_GPU_HANDLER(NAME, FUNCTION, BINDING) \
   XLA_FFI_DEFINE_HANDLER(NAME, FUNCTION, BINDING, {ffi::Traits::kCmdBufferCompatible})
 #endif

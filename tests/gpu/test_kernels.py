@@ -25,6 +25,8 @@ def normal(*shape, dtype, scale=1.0):
 def error(value, expected):
     value, expected = value.double(), expected.double()
     assert value.shape == expected.shape
+    if value.numel() == 0:
+        return 0.0
     assert value.isfinite().all()
     norm = expected.norm()
     return ((value - expected).norm() / norm if norm > 0 else value.abs().max()).item()
@@ -77,6 +79,7 @@ def check_conv2d(x, kernel, bias, skip, choices=None, pool=False, input_is_relu=
         ((2, 11, 9), 40, None, 136, 3, {"same": True, "relu": False}),
         ((2, 12, 14), 64, (2, 17, 20, 32), 64, 3, {"input_is_relu": True}),
         ((2, 12, 14), 24, (2, 12, 14, 40), 72, 3, {"same": True, "pool": True}),
+        ((2, 12, 14), 0, (2, 14, 14, 40), 72, 3, {"input_is_relu": True}),  # of two inputs one is empty
         ((40, 3, 3), 16, None, 32, 3, {}),
         ((2, 9, 10), 128, None, 264, 1, {}),
         ((2, 9, 10), 16, (2, 11, 13, 8), 24, 1, {"pool": True}),

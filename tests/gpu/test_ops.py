@@ -87,6 +87,15 @@ def test_conv2d_with_pool_exactly(skip, channels, padding):
         np.testing.assert_array_equal(tf.cast(value, tf.float32), expected)
 
 
+def test_one_row_has_nothing_to_pool():
+    x, kernel, bias = conv_inputs(2, 1, 70, 64, 128)
+    x, kernel, bias = (tf.cast(v, tf.float16) for v in (x, kernel, bias))
+    run = tf.function(functools.partial(ops.conv2d_bias_relu, padding="same"), jit_compile=True)
+    y, pooled = run(x, kernel, bias, pool=True)
+    assert pooled.shape == (2, 0, 35, 128)
+    np.testing.assert_array_equal(y, run(x, kernel, bias))
+
+
 @half
 @pytest.mark.parametrize("k", [2, 3])
 @pytest.mark.parametrize(("channels", "filters"), [(1, 1), (3, 7), (8, 33), (64, 64), (33, 2), (128, 64)])

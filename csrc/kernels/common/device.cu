@@ -24,11 +24,6 @@ int CudaDriverVersion() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-int CudaRuntimeVersion() {
-  int version = 0;
-  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
-}
-
 const char* CudaErrorString(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 bool IsCudaNotSupported(int error) { return error == cudaErrorNotSupported; }

@@ -26,6 +26,12 @@ struct SideStream::Lane {
     cudaThreadExchangeStreamCaptureMode(&mode);
     return status;
   }
+  void Destroy() {
+    for (cudaEvent_t event : {fork, join}) {
+      if (event != nullptr) cudaEventDestroy(event);
+    }
+    if (stream != nullptr) cudaStreamDestroy(stream);
+  }
 };
 
 struct SideStream::Pool {
@@ -66,7 +72,10 @@ SideStream::SideStream(void* stream) : stream_(stream) {
   if (lane_ == nullptr) {
     auto lane = std::make_unique<Lane>();
     status_ = lane->Create();
-    if (status_ != 0) return;
+    if (status_ != 0) {
+      lane->Destroy();
+      return;
+    }
     lane_ = lane.release();
   }
   if (status_ == 0) status_ = cudaEventRecord(lane_->fork, main);

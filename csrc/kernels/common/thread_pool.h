@@ -24,7 +24,8 @@ class ThreadPool {
 // Runs task(0) .. task(count - 1), in no particular order, and returns when all have ended.
 void ParallelFor(ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task);
 
-// A queue of closures that any thread may run. `RunUntil` works on it until `Finish` is called, which a closure does.
+// A queue of closures that any thread may run. `RunUntilFinished` works on it until `Finish` is called, which a closure
+// does.
 class HelpingQueue : public std::enable_shared_from_this<HelpingQueue> {
  public:
   explicit HelpingQueue(ThreadPool& pool) : pool_(pool) {}

@@ -1,4 +1,6 @@
 // conv2d_bias_relu on a GPU: which kernels a problem takes, and with what arguments.
+#include <algorithm>
+
 #include "common/side_stream.h"
 #include "conv/direct.h"
 #include "conv/gemm.h"
@@ -46,17 +48,25 @@ TapList Taps(const Conv2DProblem& p, bool backwards) {
   return taps;
 }
 
+// Those of the two inputs that have channels, which are x's unless it has none; returns how many.
+int Sources(const Conv2DProblem& p, const void* x, const void* skip, GemmSource* sources) {
+  int count = 0;
+  if (p.channels > 0 || p.skip_channels == 0) sources[count++] = XSource(p, x);
+  if (p.skip_channels > 0) sources[count++] = SkipSource(p, skip);
+  return count;
+}
+
 GemmArgs Forward(const Conv2DProblem& p, const Conv2DForward& d) {
   GemmArgs g;
-  g.source[0] = XSource(p, d.x);
-  if (p.skip_channels > 0) g.source[g.sources++] = SkipSource(p, d.skip);
+  g.sources = Sources(p, d.x, d.skip, g.source);
   g.source_h = p.height, g.source_w = p.width;
   g.weights = d.kernel, g.tap_stride = p.in_channels() * p.filters, g.ld = p.filters;
   g.vector = IsVector(p);
   g.batch = p.batch, g.out_h = p.out_height(), g.out_w = p.out_width(), g.n = p.filters;
   g.taps[0] = Taps(p, /*backwards=*/false);
   g.result[0] = Result(DzSource(p, d.y), d.y, nullptr);
-  g.bias = d.bias, g.relu = p.relu, g.pooled = p.pool ? d.pooled : nullptr;
+  g.bias = d.bias, g.relu = p.relu;
+  if (p.pool && g.out_h > 1 && g.out_w > 1) g.pooled = d.pooled;
   return g;
 }
 
@@ -84,8 +94,7 @@ GemmArgs Dgrad(const Conv2DProblem& p, const Conv2DGradient& d, const void* dz) 
 
 WgradArgs Wgrad(const Conv2DProblem& p, const Conv2DGradient& d, const void* dz) {
   WgradArgs w;
-  w.source[0] = XSource(p, d.x);
-  if (p.skip_channels > 0) w.source[w.sources++] = SkipSource(p, d.skip);
+  w.sources = Sources(p, d.x, d.skip, w.source);
   w.source_h = p.height, w.source_w = p.width;
   w.dz = dz, w.batch = p.batch, w.out_h = p.out_height(), w.out_w = p.out_width(), w.n = p.filters;
   w.taps = Taps(p, /*backwards=*/false), w.vector = IsVector(p);
@@ -104,6 +113,19 @@ alignas(16) char kSome[16];
 constexpr Conv2DForward kAllForward = {kSome, kSome, kSome, kSome, kSome, kSome};
 constexpr Conv2DGradient kAll = {kSome, kSome, kSome, kSome, kSome, kSome, kSome, kSome, kSome, kSome};
 
+// Whichever of the two results are wanted: an engine may serve one of them alone.
+size_t DgradWorkspaceBytes(const Conv2DProblem& p, const Conv2DTuning& tuning) {
+  Conv2DGradient only_x = kAll, only_skip = kAll;
+  only_x.dskip = nullptr, only_skip.dx = nullptr;
+  size_t bytes = GemmWorkspaceBytes(p.dtype, Dgrad(p, kAll, kSome), tuning);
+  if (p.skip_channels > 0) {
+    for (const Conv2DGradient& d : {only_x, only_skip}) {
+      bytes = std::max(bytes, GemmWorkspaceBytes(p.dtype, Dgrad(p, d, kSome), tuning));
+    }
+  }
+  return bytes;
+}
+
 struct GradWorkspace {
   Workspace layout;
   void* dz = nullptr;
@@ -120,7 +142,7 @@ struct GradWorkspace {
       return;
     }
     // The two products run at once.
-    gemm = layout.Take(GemmWorkspaceBytes(p.dtype, Dgrad(p, kAll, kSome), tuning));
+    gemm = layout.Take(DgradWorkspaceBytes(p, tuning));
     slabs = static_cast<float*>(
         layout.Take(HasFewChannels(p) ? FewChannelsGradSlabBytes(p) : WgradWorkspaceBytes(p.dtype, wgrad, tuning)));
   }

@@ -45,16 +45,42 @@ int Config(const Choice& choice, Engine engine) {
 }
 
 #if defined(UNET_FAST_CUDNN) || defined(UNET_FAST_SM90)
+// On the current device.
 std::atomic<bool>& HasFailed(Engine engine) {
-  static std::atomic<bool> failed[3];
-  return failed[static_cast<int>(engine)];
+  constexpr int kDevices = 64;
+  static std::atomic<bool> failed[kDevices][3];
+  int device = 0;
+  cudaGetDevice(&device);
+  return failed[device % kDevices][static_cast<int>(engine)];
+}
+
+// Whether the error is one that no engine could help: memory ran out, a capture was broken before, or the device is
+// lost to an earlier kernel.
+bool IsOfOthers(int status) {
+  switch (status) {
+    case cudaErrorMemoryAllocation:
+    case cudaErrorIllegalAddress:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorHardwareStackError:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorECCUncorrectable:
+      return true;
+    default:
+      return status >= cudaErrorStreamCaptureUnsupported && status <= cudaErrorStreamCaptureWrongThread;
+  }
 }
 
 // Whether the next engine is to run a product that ended in `status` on this one: it is not served, or the engine
 // fails, as cuDNN may in a process that lacks a part of it. That is said once, and the engine not asked again.
-bool PassesOn(Engine engine, int status) {
+bool PassesOn(Engine engine, int status, const Conv2DTuning& tuning) {
+  if (tuning.strict || status == 0) return false;
   if (status == cudaErrorNotSupported) return true;
-  if (status == 0) return false;
+  if (IsOfOthers(status)) return false;
   const char* require = std::getenv("UNET_FAST_REQUIRE_KERNELS");
   if (require != nullptr && std::string(require) == "1") return false;
   if (!HasFailed(engine).exchange(true)) {
@@ -135,13 +161,13 @@ int ImplicitGemm(void* stream, DType dtype, const GemmArgs& args, const Conv2DTu
 #ifdef UNET_FAST_CUDNN
   if (TriesCudnn(choice, args)) {
     const int status = cudnn::Gemm(stream, dtype, args, Config(choice, Engine::kCudnn), workspace);
-    if (!PassesOn(Engine::kCudnn, status)) return status;
+    if (!PassesOn(Engine::kCudnn, status, tuning)) return status;
   }
 #endif
 #ifdef UNET_FAST_SM90
   if (TriesSm90(choice)) {
     const int status = GemmOnSm90(stream, dtype, args, Config(choice, Engine::kSm90));
-    if (!PassesOn(Engine::kSm90, status)) return status;
+    if (!PassesOn(Engine::kSm90, status, tuning)) return status;
   }
 #endif
   return wmma::ImplicitGemm(stream, dtype, args, Config(choice, Engine::kWmma));
@@ -192,14 +218,14 @@ int Wgrad(void* stream, DType dtype, const WgradArgs& args, const Conv2DTuning& 
   if (TriesCudnn(choice, args)) {
     const int status = cudnn::Wgrad(stream, dtype, args, Config(choice, Engine::kCudnn), args.slabs);
     if (status == 0 && args.dbias != nullptr) return SumOverPixels(stream, dtype, args);
-    if (!PassesOn(Engine::kCudnn, status)) return status;
+    if (!PassesOn(Engine::kCudnn, status, tuning)) return status;
   }
 #endif
 #ifdef UNET_FAST_SM90
   if (TriesSm90(choice)) {
     const sm90::WgradPlan plan = sm90::PlanWgrad(args, Config(choice, Engine::kSm90), choice.splits);
     const int status = WgradOnSm90(stream, dtype, args, plan);
-    if (!PassesOn(Engine::kSm90, status)) return status;
+    if (!PassesOn(Engine::kSm90, status, tuning)) return status;
   }
 #endif
   if (args.dbias != nullptr) UNET_FAST_CUDA_RETURN_IF_ERROR(SumOverPixels(stream, dtype, args));
@@ -305,7 +331,8 @@ std::string OnCudnn(const Product& p, const Choice& choice, int capability) {
         capability != ComputeCapability() || (p.is_wgrad ? cudnn::WgradWorkspaceBytes(p.dtype, p.wgrad, config)
                                                          : cudnn::GemmWorkspaceBytes(p.dtype, p.gemm, config)) >= 0;
     const bool vector = p.is_wgrad ? p.wgrad.vector : p.gemm.vector;
-    if (planned && vector) return "plan " + std::to_string(std::max(0, config)) + " of its heuristic";
+    const std::string which = config < 0 ? "first working plan" : "plan " + std::to_string(config);
+    if (planned && vector) return which + " of its heuristic";
   }
 #endif
   return "";
@@ -336,9 +363,15 @@ ProductChoice Describe(const Product& p, int capability) {
   // What was measured on the device that is here says nothing of another.
   const std::string key = ProductKey(p);
   const Choice choice = capability == ComputeCapability() ? ChosenFor(key) : ShippedFor(key, capability);
-  const std::string measured = choice.engine == Engine::kAuto ? "" : ", measured";
-  if (const std::string plan = OnCudnn(p, choice, capability); !plan.empty()) return {p.name, "cudnn", plan + measured};
-  if (const std::string tile = OnSm90(p, choice, capability); !tile.empty()) return {p.name, "sm90", tile + measured};
+  const auto how = [&](Engine engine) {
+    return choice.engine != engine ? "" : choice.config < 0 ? ", forced" : ", measured";
+  };
+  if (const std::string plan = OnCudnn(p, choice, capability); !plan.empty()) {
+    return {p.name, "cudnn", plan + how(Engine::kCudnn)};
+  }
+  if (const std::string tile = OnSm90(p, choice, capability); !tile.empty()) {
+    return {p.name, "sm90", tile + how(Engine::kSm90)};
+  }
   return {p.name, "wmma", WhyWmma(choice, p.is_wgrad ? p.wgrad.vector : p.gemm.vector, capability)};
 }
 

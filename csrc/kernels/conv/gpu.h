@@ -1,8 +1,9 @@
 // conv2d_bias_relu and conv2d_transpose_bias_relu on an NVIDIA GPU, forward and gradient; shapes as in conv/problem.h.
 //
-// A function only launches kernels on `stream` (a cudaStream_t) of the current device: it allocates nothing, waits for
-// nothing, copies nothing, keeps no state, and may be captured into a CUDA graph. It returns 0 or a cudaError_t;
-// cudaErrorNotSupported for float32, for bfloat16 before sm_80, and for an image of 2^31 elements or more.
+// A function only launches kernels on `stream` (a cudaStream_t) of the current device: it allocates no memory of the
+// device, waits for none of its work, copies nothing, and may be captured into a CUDA graph. What it keeps, for the
+// process, are streams to launch beside `stream` (common/side_stream.h) and cuDNN's plans. It returns 0 or a
+// cudaError_t; cudaErrorNotSupported for float32, for bfloat16 before sm_80, and for an image of 2^31 elements or more.
 // `workspace` is device memory of ...WorkspaceBytes(problem), aligned to 256 bytes; null where that is 0.
 // Arrays are aligned to 16 bytes.
 //
@@ -32,6 +33,8 @@ struct Conv2DTuning {
   int gemm = -1;
   int wgrad = -1;  // likewise: kWgradTiles, kWgradConfigs
   int splits = 0;  // partial sums of the weight gradient
+  // Whether what the first engine to be tried does not serve, or fails at, is an error and not left to the next one.
+  bool strict = false;
 };
 
 int Conv2DBiasRelu(void* stream, const Conv2DProblem& problem, const Conv2DForward& data, void* workspace,

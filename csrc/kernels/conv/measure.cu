@@ -135,7 +135,7 @@ double Median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-// `run(choice)` launches the product. Choices that the engines turn down are left out.
+// `run(choice)` launches the product. Choices that the engines turn down, or fail at, are left out.
 template <typename F>
 std::vector<Timing> Time(Bench& bench, const std::vector<Choice>& choices, F run) {
   struct Entry {
@@ -145,7 +145,10 @@ std::vector<Timing> Time(Bench& bench, const std::vector<Choice>& choices, F run
   std::vector<Entry> entries;
   for (const Choice& choice : choices) {
     const auto call = [&] { return run(choice); };
-    if (call() != 0) continue;  // the first call loads the kernel
+    if (call() != 0) {  // the first call loads the kernel
+      cudaGetLastError();
+      continue;
+    }
     const double once = bench.CallMicroseconds(call);
     cudaGraphExec_t graph = bench.Capture(once, kBriefMs, call);
     if (bench.status() != 0) return {};
@@ -180,7 +183,9 @@ std::vector<Timing> Time(Bench& bench, const std::vector<Choice>& choices, F run
   return timings;
 }
 
-Conv2DTuning TuningOf(const Choice& choice) { return {choice.engine, choice.config, choice.config, choice.splits}; }
+Conv2DTuning TuningOf(const Choice& choice) {
+  return {choice.engine, choice.config, choice.config, choice.splits, true};
+}
 
 int MeasureProducts(Bench& bench, std::vector<Product> list, std::vector<MeasuredProduct>* products) {
   for (Product& p : list) {

@@ -13,6 +13,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -44,7 +45,8 @@ struct Plans {
 // Never destroyed: at the end of the process CUDA and cuDNN may be gone before it.
 struct State {
   std::mutex mutex;
-  std::unordered_map<int, cudnnHandle_t> handles;  // by device; null where cuDNN gave none
+  std::unordered_map<int, cudnnHandle_t> handles;  // by device
+  bool said = false;                               // that cuDNN gave none
   std::unordered_map<std::string, Plans> plans;
 };
 State& GetState() {
@@ -77,9 +79,18 @@ bool OpenLibrary() {
 
 cudnnHandle_t Handle(State& state, int device) {
   if (!OpenLibrary()) return nullptr;
-  const auto [found, is_new] = state.handles.emplace(device, nullptr);
-  if (is_new && fe::detail::create_handle(&found->second) != CUDNN_STATUS_SUCCESS) found->second = nullptr;
-  return found->second;
+  if (const auto found = state.handles.find(device); found != state.handles.end()) return found->second;
+  cudnnHandle_t handle = nullptr;
+  if (const cudnnStatus_t status = fe::detail::create_handle(&handle); status != CUDNN_STATUS_SUCCESS) {
+    // Not remembered: memory may have run out for a while.
+    if (!std::exchange(state.said, true)) {
+      std::fprintf(stderr,
+                   "unet_fast: cuDNN cannot be started (%s); products go to other engines, which may be slower\n",
+                   fe::detail::get_error_string(status));
+    }
+    return nullptr;
+  }
+  return state.handles[device] = handle;
 }
 
 // What the frontend calls n, c, h, w, and in memory is [n, h, w, c].

@@ -57,6 +57,13 @@ bool Serves(const GemmConfig& c, const GemmArgs& g) {
   return !c.pairs || (g.sources == 1 && !g.transposed && g.results == 1);
 }
 
+// Offsets into results and masks are counted by 16 bytes in 32 bits.
+bool OffsetsFit(const GemmArgs& g) {
+  int64_t image = g.mask_image_stride;
+  for (int r = 0; r < g.results; ++r) image = std::max(image, g.result[r].image_stride);
+  return image <= (int64_t{1} << 35) / std::max(g.batch, 1);
+}
+
 }  // namespace
 
 int ChooseGemm(const GemmArgs& g, int forced) {
@@ -66,7 +73,7 @@ int ChooseGemm(const GemmArgs& g, int forced) {
                                                   0.42, 1.0,  1.0,   1.0,   0.95, 0.89, 0.95,  0.9,
                                                   0.92, 0.85, 1.0,   0.857, 0.97, 0.907};
   const int64_t pixels = static_cast<int64_t>(g.batch) * (g.out_h + 1) * (g.out_w + 4) * g.lists;
-  if (!g.vector || g.out_h > 32768 || g.out_w > 32768 || pixels + 4096 >= int64_t{1} << 31) return -1;
+  if (!g.vector || !OffsetsFit(g) || g.out_h > 32768 || g.out_w > 32768 || pixels + 4096 >= int64_t{1} << 31) return -1;
   if (forced >= 0 && forced < kGemmConfigCount && Serves(kGemmConfigs[forced], g)) return forced;
   int best = -1;
   double best_cost = 0;

@@ -51,7 +51,7 @@ WgradPlan PlanWgrad(int64_t m, int64_t n, int64_t pixels, bool vector, int force
       if (best < 0 || cost < best) best = cost, plan = {i, static_cast<int>(splits), 0};
     }
   }
-  if (forced_splits > 0) plan.splits = static_cast<int>(std::min<int64_t>(forced_splits, steps));
+  if (forced_splits > 0) plan.splits = static_cast<int>(std::clamp<int64_t>(steps, 1, forced_splits));
   // An empty batch has a plan too: nothing is launched, but its workspace is asked for.
   plan.pixels_per_split = static_cast<int>(std::max<int64_t>(1, CeilDiv(steps, plan.splits)) * kPixelStep);
   plan.splits = static_cast<int>(std::max<int64_t>(1, CeilDiv(pixels, plan.pixels_per_split)));
