@@ -163,7 +163,11 @@ def test_a_gradient_of_other_sums_names_the_argument(name, jit):
 
     def grad():
         return _library.raw_ops().unet_fast_dice_cross_entropy_grad(
-            labels=labels_of(0, 2, 4, 4), logits=tf.zeros((2, 4, 4, 3)), class_weights=tf.ones(3), **inputs, **attributes
+            labels=labels_of(0, 2, 4, 4),
+            logits=tf.zeros((2, 4, 4, 3)),
+            class_weights=tf.ones(3),
+            **inputs,
+            **attributes,
         )
 
     with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=f"{name}: expected shape"):

@@ -424,7 +424,9 @@ class _Replica:
 
         @tf.function(jit_compile=jit, autograph=False)
         def step(*block):
-            *computed, loss = (each / replicas for each in of_block(*block))  # before the sum, which else overflows sooner
+            *computed, loss = (
+                each / replicas for each in of_block(*block)
+            )  # before the sum, which else overflows sooner
             sums = [_sum_in_program(tf.cast(each, sent), key, replicas) for key, each in enumerate(computed)]
             loss = _sum_in_program(loss, len(sums), replicas)
             update([tf.cast(each, tf.float32) for each in sums], loss)
