@@ -204,7 +204,7 @@ def test_config_file(data, tmp_path, capsys):
         ("evaluate", "the following arguments are required: --run"),
         ("evaluate --run {new}", "expected the folder of a run, found no such folder"),
         ("evaluate --run {run} --data {data}/masks", "no data found"),
-        ("evaluate --run {run} --tolerance -1", "expected --tolerance to be at least 0, got -1"),
+        ("evaluate --run {run} --tolerance -1", "expected --tolerance to be a number of at least 0, got -1"),
         ("predict --run {run} --input {new} --output {new}.tif", "found nothing there"),
         ("predict --run {run} --input {data}/images/0.png --output {data}/images/1.png", "is there already"),
         ("predict --run {run} --input {data}/images/0.png --output {new}.png --tile 33", "input size 33 does not fit"),

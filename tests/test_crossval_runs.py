@@ -146,6 +146,14 @@ def test_mistakes(crossval_folder, crossval_options, stacks, tmp_path, capsys):
         )
 
 
+def test_a_mistake_found_by_the_first_run_leaves_the_folder_as_new(crossval_options, tmp_path, capsys):
+    weights, out = tmp_path / "weights.csv", tmp_path / "out"
+    weights.write_text("name,weight\nnobody,1\n")
+    arguments = ["--out", out, *crossval_options, "--sample-weights", weights]
+    for _ in range(2):  # the second time it is no cross-validation to go on with
+        assert "nobody" in mistake(capsys, "crossval", *arguments)
+
+
 def test_images_of_a_file_on_both_sides_are_told(crossval_options, tmp_path, capsys, monkeypatch):
     def enough():
         raise UserError("enough")

@@ -131,7 +131,11 @@ def test_what_does_not_fit_is_refused(images, masks, names, words):
 
 def test_value_range():
     assert Dataset.from_arrays(IMAGES).spec.value_range == (0, 255)
-    assert Dataset.from_arrays(IMAGES.astype(np.uint16)).spec.value_range == (0, 65535)
+    # Of 16 bits those that are used, but no less than a byte: what is nearly black to the eye is not to the network.
+    for largest, bits in ((0, 8), (255, 8), (256, 9), (4000, 12), (65535, 16)):
+        wide = np.full(IMAGES.shape, largest // 2, np.uint16)
+        wide[1, 2, 3] = largest
+        assert Dataset.from_arrays(wide).spec.value_range == (0, 2**bits - 1)
     data = Dataset.from_arrays(np.linspace(-3, 5, 40, dtype=np.float32).reshape(2, 4, 5))
     assert data.spec.value_range == (-3, 5)
     other = data.with_value_range((0, 1))

@@ -79,8 +79,9 @@ def test_tolerance_is_in_units_of_the_spacing(run, data):
     )
     assert exact < generous == none
     assert evaluation.evaluate_run(run, str(data), tolerance=100)["nsd"] > generous
-    with pytest.raises(UserError, match="--tolerance to be at least 0, got -1"):
-        evaluation.evaluate_run(run, tolerance=-1)
+    for wrong in (-1, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=f"--tolerance to be a number of at least 0, got {wrong}"):
+            evaluation.evaluate_run(run, tolerance=wrong)
 
 
 def test_what_is_not_defined_is_null(run, data, tmp_path, monkeypatch):

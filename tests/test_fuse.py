@@ -373,3 +373,21 @@ def test_a_fused_unet_is_unfused():
     x = rng.normal(size=(1, 44, 48, 1)).astype("float32")
     np.testing.assert_allclose(model(x), stock(x), atol=1e-5)
     assert {id(v) for v in stock.weights} == {id(v) for v in model.weights}
+
+
+def test_a_layer_that_also_applies_a_relu_does_not_end_in_one():
+    """What reads it masks no gradients: they pass where the sum of both is negative."""
+
+    class Residual(layers.Layer):
+        activation = staticmethod(keras.activations.relu)
+
+        def call(self, x):
+            return x + 0.1 * self.activation(x)
+
+    x = keras.Input((16, 16, 3))
+    y = Residual()(layers.Conv2D(4, 3, padding="same")(x))
+    y = layers.Conv2D(4, 3, padding="same", activation="relu")(y)
+    model = keras.Model(x, layers.Conv2D(2, 3, padding="same")(y))
+    new = fused(model)
+    assert [layer.input_is_relu for layer in new.layers if isinstance(layer, FusedConv2D)] == [False, False, True]
+    assert_equal(model, new)

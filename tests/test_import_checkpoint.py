@@ -201,6 +201,8 @@ def test_our_own_models_are_taken_too(tmp_path):
         (["{tf1}", "--mask-values", "0,255"], r"expected --mask-values to be 3 ascending numbers, .* got \(0, 255\)"),
         (["{tf1}", "--image-dtype", "float32"], "expected --value-range LOW HIGH with --image-dtype float32"),
         (["{tf1}", "--value-range", "5", "1"], "LOW less than HIGH"),
+        (["{tf1}", "--value-range", "0", "inf"], "--value-range .* of images that can be, got others"),
+        (["{tf1}", "--image-size", "-5", "5"], "expected --image-size, .* of images that can be, got others"),
         (["{tf1}", "--data", "{tmp}/data"], r"expected images of 1 channel\(s\) and masks of 3 classes .* got 1 and 2"),
         (["{tf1}", "--size", "187"], "input size 187 does not fit"),
         (["{keras}", "--padding", "same"], "its convolutions have padding 'valid', not 'same'"),

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-from unet_fast import checkpoints, evaluation
+from unet_fast import FusedUNet, checkpoints, evaluation
 from unet_fast.cli import main
 from unet_fast.data import files, generate, write_tiff
 
@@ -169,3 +169,14 @@ def test_a_folder_that_may_not_be_written_to(data, tmp_path, capsys, monkeypatch
     assert main(command(data, tmp_path / "run")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("run/config.json: cannot write there (Permission denied); make the folder or choose another")
+
+
+def test_losses_that_are_not_finite_are_kept_as_such(tmp_path):
+    """A loss scale leaves out steps whose loss is not finite; a run that is stopped after one goes on."""
+    model = FusedUNet((16, 16, 1), filters=2, depth=1, padding="same")
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(model.trainable_variables)
+    progress = {"step": 3, "seconds": 1.5, "losses": [0.5, float("nan"), float("inf")], "replicas": 1}
+    checkpoints.save_state(tmp_path, checkpoints.snapshot(model, optimizer), progress)
+    losses = checkpoints.load_state(tmp_path, model, optimizer)["losses"]
+    assert losses[0] == 0.5 and len(losses) == 3 and not np.isfinite(losses[1:]).any()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_fast import checkpoints, evaluation, step_loop, training
+from unet_fast import checkpoints, evaluation, report, step_loop, training
 from unet_fast.config import TrainConfig
 from unet_fast.data import Dataset, generate, pipeline, training_dataset, write_tiff
 from unet_fast.distribution import Distribution
@@ -303,6 +303,18 @@ def test_train_longer(trained, data, tmp_path):
     training.train(checkpoints.load_config(out)[0].resumed({"steps": 8}), out, resume=True)
     for name, array in state(out).items():
         np.testing.assert_array_equal(array, state(whole)[name], err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["run$1_$2", "caf\udce9", "\u7d30\u80de"])
+def test_a_file_s_name_is_no_formula(name, tmp_path):
+    truth = np.array([[0, 1], [1, 0]])
+    report.overlays([(name, np.zeros((2, 2, 1)), truth, truth)], tmp_path / "overlays.png")
+    assert (tmp_path / "overlays.png").stat().st_size > 1000
+
+
+def test_a_whole_number_is_a_rate():
+    config = TrainConfig(data="synthetic", lr=1)
+    assert config.lr == 1.0 and type(config.lr) is float
 
 
 def test_divergence_stops(data, tmp_path):

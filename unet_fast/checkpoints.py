@@ -34,7 +34,7 @@ MODEL, STATE, CONFIG, SPLIT = "model.keras", "last/state.npz", "config.json", "s
 HISTORY, HISTORY_JSON, METRICS = "history.csv", "history.json", "metrics.json"
 CURVES, OVERLAYS, SAMPLE_WEIGHTS, TENSORBOARD = "curves.png", "overlays.png", "sample_weights.csv", "tensorboard"
 CROSSVAL = "crossval.json"  # of a folder of runs, see `unet_fast.crossval_runs`
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ def check_new(path):
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: expected a folder for the run, found a file; choose another name")
-    own = {path / _LOCK, *_leftovers(path)}  # of a start that was killed
+    own = {path / LOCK, *_leftovers(path)}  # of a start that was killed
     if path.is_dir() and any(entry not in own for entry in path.iterdir()):
         is_ours = (path / CONFIG).exists() or (path / CROSSVAL).exists()
         mend = "go on with --resume, or choose another folder" if is_ours else "choose another folder"
@@ -261,9 +261,9 @@ def locked(path):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name in (_LOCK, Path(STATE).parent, TENSORBOARD):
+        for name in (LOCK, Path(STATE).parent, TENSORBOARD):
             check_no_link(path / name)
-        file = (path / _LOCK).open("a+")
+        file = (path / LOCK).open("a+")
     except OSError as error:
         raise UserError(f"{path}: cannot write there ({error.strerror}); choose another folder") from error
     with file:
@@ -304,11 +304,14 @@ def save_state(path, state, progress):
     Args:
         path: folder of the run.
         state: of `snapshot`.
-        progress: what the loop itself remembers, as JSON takes it.
+        progress: what the loop itself remembers, as JSON takes it; losses that are not finite, such as a loss scale has, are
+            kept as not finite.
     """
+    losses = [loss if math.isfinite(loss) else None for loss in progress["losses"]]
+    text = json.dumps({**progress, "losses": losses}, allow_nan=False)
     (path / STATE).parent.mkdir(exist_ok=True)
     with atomic_path(path / STATE, overwrite=True) as temporary:
-        np.savez(temporary, progress=np.array(json.dumps(progress)), **state)
+        np.savez(temporary, progress=np.array(text), **state)
 
 
 def load_state(path, model, optimizer):
@@ -342,10 +345,11 @@ def load_state(path, model, optimizer):
 def _checked_progress(progress):
     """What a training loop goes on from; raises ValueError for what it cannot have saved."""
     whole = [progress["step"], progress.get("replicas", 1)]
-    numbers = [progress["seconds"], *progress["losses"]]
+    losses = [math.nan if loss is None else loss for loss in progress["losses"]]
+    numbers = [progress["seconds"], *losses]
     if any(type(n) is not int or n < 0 for n in whole) or any(type(n) not in (int, float) for n in numbers):
         raise ValueError("its progress is not that of a training")
-    return progress
+    return {**progress, "losses": losses}
 
 
 class ModelWriter:

@@ -337,7 +337,7 @@ def _checked(field, value):
         raise UserError(f"expected {flag(field)} to be {' or '.join(choices)}, got {got}; give one of those")
     if rule and not rule[1](value):
         raise UserError(f"expected {flag(field)} to be {rule[0]}, got {got}; give such a value")
-    return value
+    return float(value) if kind is float else value
 
 
 def _shown(value):

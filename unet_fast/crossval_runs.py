@@ -69,7 +69,11 @@ def cross_validate(config, out, *, resume=False, console=None):
             for fold in range(config.folds):
                 _train_fold(config, out, fold, folds, console)
         except UserError:
-            if not any(out.glob("fold*/*")):  # refused before anything was trained: the folder is as new as before
+            # Refused before anything was trained: the folder is as new as before.
+            if all(path.name == checkpoints.LOCK for path in out.glob("fold*/*")):
+                for path in [*out.glob("fold*/*")]:
+                    path.unlink()
+                    path.parent.rmdir()
                 (out / OPTIONS).unlink()
                 (out / SPLIT).unlink()
             raise
@@ -226,7 +230,7 @@ def show(result, title, console):
     def table(headings, rows, last=None):
         made = rich.table.Table()
         for i, heading in enumerate(headings):
-            made.add_column(heading, justify="right" if i else "left")
+            made.add_column(heading, justify="right" if i else "left", overflow="fold")
         for row in rows:
             made.add_row(*row)
         if last:

@@ -135,10 +135,12 @@ def score(run, dataset, indices, *, tolerance=None):
         `nsd` the means over the classes.
 
     Raises:
-        UserError: a negative tolerance.
+        UserError: a tolerance that is negative or not finite.
     """
-    if tolerance is not None and not tolerance >= 0:
-        raise UserError(f"expected --tolerance to be at least 0, got {tolerance}; give one in units of the spacing")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UserError(
+            f"expected --tolerance to be a number of at least 0, got {tolerance}; give one in units of the spacing"
+        )
     ignore = dataset.spec.ignore_index
     scores = Evaluator(run.model, batches_of(run.model, dataset, indices, run.config.batch), ignore)()
     images = []

@@ -19,6 +19,16 @@ _KEEPS_RELU = (
     keras.layers.Concatenate,
     CenterCrop,
 )
+# Whose output is what the activation gives; another layer may do more to it, or less.
+_ENDS_IN_ACTIVATION = (
+    keras.layers.Conv2D,
+    keras.layers.Conv2DTranspose,
+    keras.layers.SeparableConv2D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.Dense,
+    FusedConv2D,
+    FusedConv2DTranspose,
+)
 _OTHER_CONVOLUTIONS = (
     keras.layers.SeparableConv2D,
     keras.layers.DepthwiseConv2D,
@@ -172,7 +182,8 @@ class Plan:
         if type(operation) in _KEEPS_RELU or _is_concatenation(node) or type(operation).__name__ == "GetItem":
             sources = node.input_tensors[:1] if isinstance(operation, CenterCrop) else node.input_tensors
             return all(self._is_relu_output(source) for source in sources)
-        return _is_relu(operation) or getattr(operation, "activation", None) is keras.activations.relu
+        ends_in_activation = type(operation) in _ENDS_IN_ACTIVATION
+        return _is_relu(operation) or (ends_in_activation and operation.activation is keras.activations.relu)
 
     def _note_left(self, node):
         """Adds to the report a call that was not fused, once a layer."""

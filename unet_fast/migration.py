@@ -413,9 +413,13 @@ def _data_facts(data, config, channels, image_size, image_dtype, value_range, ma
         raise UserError(
             f"expected --mask-values to be {classes} ascending numbers, one a class, got {mask_values}; correct it"
         )
-    facts = checkpoints.DataFacts(
-        "imported", classes, tuple(value_range), (*image_size, channels), image_dtype, tuple(mask_values)
-    )
+    shape = (*image_size, channels)
+    try:
+        facts = checkpoints.DataFacts("imported", classes, tuple(value_range), shape, image_dtype, tuple(mask_values))
+    except ValueError as error:
+        raise UserError(
+            f"expected --image-size, --value-range and --mask-values of images that can be, got others: {error}; correct them"
+        ) from error
     return facts, None
 
 

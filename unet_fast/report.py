@@ -96,7 +96,8 @@ def overlays(samples, path):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         row[0].imshow(shown)
-        row[0].set_ylabel(name, fontsize=8)
+        # A file's name may hold anything, also what matplotlib takes for a formula, or bytes that are no text.
+        row[0].set_ylabel(name.encode(errors="replace").decode(), fontsize=8, parse_math=False)
         row[1].imshow(truth, **style)
         row[2].imshow(prediction, **style)
         row[3].imshow(shown)

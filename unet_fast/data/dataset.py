@@ -17,8 +17,9 @@ class DatasetSpec:
     Attributes:
         layout: where the data came from: `"isbi"`, `"folder"`, `"synthetic"` or `"arrays"`.
         num_classes: number of classes in the masks; None without masks.
-        value_range: `(low, high)` pixel values that become -1 and 1: the type's range for uint8 and uint16, the data
-            set's own for float32. A trained model keeps the range that it was trained with.
+        value_range: `(low, high)` pixel values that become -1 and 1: 0 to 255 for uint8, 0 to 2^bits - 1 for uint16 of as
+            many bits as the data set uses, such as 12, and the data set's own range for float32. A trained model keeps the
+            range that it was trained with.
         mask_values: what the masks hold for each class, such as (0, 128, 255); None without masks.
         ignore_value: what the files hold where no class is known, or None. It is no class: `Dataset.masks` have
             `num_classes` there.
@@ -155,8 +156,12 @@ class Dataset:
 
 def _value_range(images):
     """Pixel values that become -1 and 1."""
-    if images.dtype != np.float32:
-        return 0.0, float(np.iinfo(images.dtype).max)
+    if images.dtype == np.uint8:
+        return 0.0, 255.0
+    if images.dtype == np.uint16:
+        # Of as many bits as are used: what a camera of 12 bits gives would be nearly black among 16.
+        bits = max(int(image.max()) for image in images).bit_length()
+        return 0.0, float(2 ** max(bits, 8) - 1)
     ends = np.array([(image.min(), image.max()) for image in images])
     low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
     if not np.isfinite([low, high]).all():
