@@ -70,8 +70,9 @@ def cross_validate(config, out, *, resume=False, console=None):
                 _train_fold(config, out, fold, folds, console)
         except UserError:
             # Refused before anything was trained: the folder is as new as before.
-            if all(path.name == checkpoints.LOCK for path in out.glob("fold*/*")):
-                for path in [*out.glob("fold*/*")]:
+            left = list(out.glob("fold*/*"))
+            if all(path.name == checkpoints.LOCK for path in left):
+                for path in left:
                     path.unlink()
                     path.parent.rmdir()
                 (out / OPTIONS).unlink()

@@ -3,19 +3,11 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from on_gpu import NEEDS_GPU
 
-from unet_fast import FusedUNet, _library, losses
+from unet_fast import FusedUNet, losses
 
-GPUS = tf.config.list_physical_devices("GPU")
-for _gpu in GPUS:
-    tf.config.experimental.set_memory_growth(_gpu, True)
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not GPUS, reason="no GPU that TensorFlow sees"),
-    pytest.mark.skipif(not _library.status().cuda, reason="the library was built without CUDA"),
-]
+pytestmark = NEEDS_GPU
 
 
 @pytest.mark.parametrize("jit", [True, False])

@@ -6,20 +6,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from numerics import check, integers, normal, outputs_and_gradients
+from on_gpu import GPUS, NEEDS_GPU
 
-from unet_fast import _library, ops, reference
+from unet_fast import ops, reference
 from unet_fast.errors import UserError
 from unet_fast.layers import use_fused
 
-GPUS = tf.config.list_physical_devices("GPU")
-for _gpu in GPUS:
-    tf.config.experimental.set_memory_growth(_gpu, True)
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not GPUS, reason="no GPU that TensorFlow sees"),
-    pytest.mark.skipif(not _library.status().cuda, reason="the library was built without CUDA"),
-]
+pytestmark = NEEDS_GPU
 half = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
