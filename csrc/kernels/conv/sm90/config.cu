@@ -129,8 +129,7 @@ WgradPlan PlanWgrad(const WgradArgs& g, int forced_config, int forced_splits) {
   for (int i = 0; i < kWgradConfigCount; ++i) {
     const WgradConfig& c = kWgradConfigs[i];
     if (forced_config >= 0 && forced_config < kWgradConfigCount && i != forced_config) continue;
-    if (c.share == 3 && (g.stride != 1 || !InThrees(g.taps))) continue;
-    if (c.strips && !AreSquare(g.taps)) continue;
+    if (c.strips ? g.stride > 2 || !AreSquare(g.taps) : c.share == 3 && (g.stride != 1 || !InThrees(g.taps))) continue;
     const int64_t row = static_cast<int64_t>(g.batch) * (g.out_w + c.share - 1);  // of an image, or of all of them
     if (row * g.out_h + 64 * g.out_h >= int64_t{1} << 31) continue;
     const int64_t steps = std::max<int64_t>(1, c.strips ? CeilDiv(row, 64) * g.out_h : CeilDiv(row * g.out_h, 64));

@@ -18,6 +18,7 @@ struct PixelMap {
   int channels, w, h, n;
   int64_t row_stride, image_stride;
   int first_row, rows, first_col, cols, step, box;
+  int row_step = step;
 };
 int Encode(const PixelMap& map, DType dtype, CUtensorMap* out);
 

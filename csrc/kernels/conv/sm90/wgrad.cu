@@ -19,14 +19,15 @@ int LaunchWgrad(void* stream, const WgradKernelArgs& g, int units, int splits) {
 // not there, which fill the last strip.
 PixelMap SideBySide(PixelMap map) {
   std::swap(map.h, map.n), std::swap(map.row_stride, map.image_stride);
-  map.first_row = 0, map.rows = map.h + static_cast<int>(CeilDiv(map.box, map.cols));
+  map.first_row = 0, map.row_step = 1, map.rows = map.h + static_cast<int>(CeilDiv(map.box, map.cols));
   return map;
 }
 
 template <typename T>
 int LaunchStrips(void* stream, const WgradKernelArgs& g, int units, int splits) {
   const dim3 grid(static_cast<unsigned>(units / 3 * g.tiles_n), splits);
-  return Launch(WgradStripsKernel<T>, grid, kWgradThreads, strips::kSharedBytes, stream, g);
+  const auto kernel = g.step == 2 ? WgradStripsKernel<T, 2> : WgradStripsKernel<T, 1>;
+  return Launch(kernel, grid, kWgradThreads, strips::kSharedBytes, stream, g);
 }
 
 }  // namespace
