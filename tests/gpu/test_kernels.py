@@ -69,6 +69,13 @@ def check_conv2d(x, kernel, bias, skip, choices=None, pool=False, input_is_relu=
     check(got, exact, kernels.reference_conv2d_grad(*args, **flags))
 
 
+def check_transpose_gradients(y, x, kernel, *, relu=True, choices=None):
+    args = [torch.randn_like(y), y, x, kernel]
+    got = kernels.conv2d_transpose_bias_relu_grad(*args, relu=relu, choices=choices)
+    exact = kernels.reference_conv2d_transpose_grad(*double(args), relu=relu)
+    check(got, exact, kernels.reference_conv2d_transpose_grad(*args, relu=relu))
+
+
 @both
 @pytest.mark.parametrize(
     ("size", "channels", "skip", "filters", "k", "flags"),
@@ -190,10 +197,16 @@ def test_conv2d_transpose_bias_relu(dtype, size, channels, filters, k, relu):
         [kernels.reference_conv2d_transpose(*double(args), relu=relu)],
         [kernels.reference_conv2d_transpose(*args, relu=relu)],
     )
-    args = [torch.randn_like(y), y, x, kernel]
-    got = kernels.conv2d_transpose_bias_relu_grad(*args, relu=relu)
-    exact = kernels.reference_conv2d_transpose_grad(*double(args), relu=relu)
-    check(got, exact, kernels.reference_conv2d_transpose_grad(*args, relu=relu))
+    check_transpose_gradients(y, x, kernel, relu=relu)
+
+
+@both
+@pytest.mark.parametrize("splits", [0, 5])
+@pytest.mark.parametrize("wgrad", range(kernels.native.engines.get("sm90", (0, 0))[1]))
+def test_weight_gradients_of_wide_images_of_transposed_convolutions(wgrad, splits, dtype):
+    x, kernel = normal(3, 7, 90, 72, dtype=dtype), normal(3, 3, 80, 72, dtype=dtype, scale=0.08)
+    y = kernels.conv2d_transpose_bias_relu(x, kernel, normal(80, dtype=dtype))
+    check_transpose_gradients(y, x, kernel, choices=kernels.tuning(engine="sm90", wgrad=wgrad, splits=splits))
 
 
 def test_gradients_that_are_not_asked_for_are_left_out():
