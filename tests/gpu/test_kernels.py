@@ -203,9 +203,10 @@ def test_conv2d_transpose_bias_relu(dtype, size, channels, filters, k, relu):
 @both
 @pytest.mark.parametrize("splits", [0, 5])
 @pytest.mark.parametrize("wgrad", range(kernels.native.engines.get("sm90", (0, 0))[1]))
-def test_weight_gradients_of_wide_images_of_transposed_convolutions(wgrad, splits, dtype):
-    x, kernel = normal(3, 7, 90, 72, dtype=dtype), normal(3, 3, 80, 72, dtype=dtype, scale=0.08)
-    y = kernels.conv2d_transpose_bias_relu(x, kernel, normal(80, dtype=dtype))
+@pytest.mark.parametrize("filters", [80, 128])
+def test_weight_gradients_of_wide_images_of_transposed_convolutions(filters, wgrad, splits, dtype):
+    x, kernel = normal(3, 7, 90, 72, dtype=dtype), normal(3, 3, filters, 72, dtype=dtype, scale=0.08)
+    y = kernels.conv2d_transpose_bias_relu(x, kernel, normal(filters, dtype=dtype))
     check_transpose_gradients(y, x, kernel, choices=kernels.tuning(engine="sm90", wgrad=wgrad, splits=splits))
 
 

@@ -66,6 +66,13 @@ bool OffsetsFit(const GemmArgs& g) {
 
 }  // namespace
 
+bool InPairs(const GemmSource* source, int sources, int source_w, int stride, FirstTap first) {
+  // A tile of 64 channels must not reach into the second pixel.
+  bool whole = true;
+  for (int s = 0; s < sources; ++s) whole = whole && source[s].channels % 64 == 0;
+  return stride == 2 && source_w % 2 == 0 && first.col % 2 == 0 && whole;
+}
+
 int ChooseGemm(const GemmArgs& g, int forced) {
   // How fast a multiprocessor full of such tiles is, fitted to what `unet-fast tune` measured on an H100; in the order
   // of kGemmConfigs.
@@ -126,10 +133,12 @@ WgradPlan PlanWgrad(const WgradArgs& g, int forced_config, int forced_splits) {
   WgradPlan plan{-1, 1, 0, 0};
   double best = -1;
   if (!g.vector) return plan;
+  const bool in_pairs = InPairs(g.source, g.sources, g.source_w, g.stride, First(&g.taps, 1));
   for (int i = 0; i < kWgradConfigCount; ++i) {
     const WgradConfig& c = kWgradConfigs[i];
     if (forced_config >= 0 && forced_config < kWgradConfigCount && i != forced_config) continue;
-    if (c.strips ? g.stride > 2 || !AreSquare(g.taps) : c.share == 3 && (g.stride != 1 || !InThrees(g.taps))) continue;
+    if (c.share == 3 && (!InThrees(g.taps) || (g.stride != 1 && !c.strips))) continue;
+    if (c.strips && (!AreSquare(g.taps) || (g.stride != 1 && !in_pairs))) continue;
     const int64_t row = static_cast<int64_t>(g.batch) * (g.out_w + c.share - 1);  // of an image, or of all of them
     if (row * g.out_h + 64 * g.out_h >= int64_t{1} << 31) continue;
     const int64_t steps = std::max<int64_t>(1, c.strips ? CeilDiv(row, 64) * g.out_h : CeilDiv(row * g.out_h, 64));

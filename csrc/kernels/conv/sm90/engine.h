@@ -1,12 +1,31 @@
 // The sm90 engine: the products of conv/gemm.h by TMA and wgmma, for compute capability 9.0.
 #pragma once
 
+#include <algorithm>
 #include <string>
 
 #include "conv/gemm.h"
 #include "conv/sm90/config.h"
 
 namespace unet_fast::gpu::sm90 {
+
+struct FirstTap {
+  int row = 127, col = 127;
+};
+inline FirstTap First(const TapList* lists, int count) {
+  FirstTap first;
+  for (int l = 0; l < count; ++l) {
+    for (int t = 0; t < lists[l].count; ++t) {
+      first.row = std::min<int>(first.row, lists[l].tap[t].row);
+      first.col = std::min<int>(first.col, lists[l].tap[t].col);
+    }
+  }
+  return first;
+}
+
+// Whether two neighbouring pixels are read as one of twice the channels, half of which a tap takes. With a stride of 2
+// every second pixel would be skipped otherwise, which TMA does slowly.
+bool InPairs(const GemmSource* source, int sources, int source_w, int stride, FirstTap first);
 
 // Index of the configuration for a product, or -1 where the engine does not serve it. `forced`: that one if it serves.
 int ChooseGemm(const GemmArgs& args, int forced);

@@ -13,35 +13,28 @@ int ImplicitGemm(void* stream, DType dtype, const GemmArgs& g, int config) {
   int cols = g.out_w + c.share - 1;
   if (c.pairs) cols += cols % 2;
   const FirstTap first = First(g.taps, g.lists);
+  const PixelWalk walk = {first, g.stride, cols, InPairs(g.source, g.sources, g.source_w, g.stride, first)};
   KernelArgs k = {};
-  k.first_row = first.row, k.first_col = first.col, k.step = g.stride;
   int channels = 0;
   for (int s = 0; s < g.sources; ++s) {
     const GemmSource& source = g.source[s];
-    k.chunks[s] = static_cast<int>(CeilDiv(source.channels, 64)), k.first_channel[s] = channels;
+    k.chunks[s] = static_cast<int>(CeilDiv(source.channels, 64));
+    k.first_channel[s] = channels, k.second[s] = source.channels;
     channels += source.channels;
     for (int odd = 0; odd < (c.pairs ? 2 : 1); ++odd) {
-      PixelMap map = {At(source.data, dtype, odd * static_cast<int64_t>(source.row_stride)),
-                      source.channels,
-                      g.source_w,
-                      g.source_h,
-                      g.batch,
-                      source.row_stride,
-                      source.image_stride,
-                      first.row,
-                      rows,
-                      first.col,
-                      cols,
-                      g.stride,
-                      c.warp_m + c.share - 1};
-      if (c.pairs) map.h = (g.source_h - odd + 1) / 2, map.row_stride *= 2, map.first_row = first.row >> 1;
+      PixelMap map = Pixels(source, g.source_h, g.source_w, g.batch, walk, rows, c.warp_m + c.share - 1);
+      k.first_row = map.first_row, k.first_col = map.first_col, k.row_step = map.row_step, k.col_step = map.col_step;
+      if (c.pairs) {
+        map.data = At(source.data, dtype, odd * static_cast<int64_t>(source.row_stride));
+        map.h = (g.source_h - odd + 1) / 2, map.row_stride *= 2, map.first_row = first.row >> 1;
+      }
       if (map.h == 0) continue;  // an image of one row has no odd ones, and no window either
       UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(map, dtype, &k.source[s][odd]));
     }
   }
   int taps = 0;
   for (int l = 0; l < g.lists; ++l) {
-    k.groups[l] = Group(g.taps[l], c.share, first, k.group[l]);
+    k.groups[l] = Group(g.taps[l], c.share, walk, k.group[l]);
     k.result_offset[l] = g.taps[l].result_offset;
     for (int t = 0; t < g.taps[l].count; ++t) taps = std::max(taps, g.taps[l].tap[t].index + 1);
   }

@@ -28,6 +28,7 @@ namespace unet_fast::gpu::sm90 {
 
 struct TapGroup {
   uint8_t row, col;   // offset of the first tap from the first position
+  uint8_t second;     // whether it takes the second of a pair of pixels
   uint8_t weight[3];  // indices of the weights of the group's taps
 };
 
@@ -39,7 +40,8 @@ struct KernelArgs {
   int groups[4], lists;
   TapGroup group[4][9];
   int64_t result_offset[4];
-  int first_row, first_col, step;  // source pixel of position (0, 0), and of a position to the next
+  int first_row, first_col, row_step, col_step;  // source pixel of position (0, 0), and of a position to the next
+  int second[2];                                 // channel of a source where the second of a pair of pixels begins
   Divisor positions_per_image, positions_per_row;
   int batch, out_h, out_w, n;
   int tiles_m, tiles_n, tiles;
@@ -130,8 +132,8 @@ __device__ void LoadTiles(const KernelArgs& g, uint32_t a_shared, uint32_t b_sha
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
       at[w] = Locate(g, tile.m + (S::kPairs ? 0 : w * S::kWarpM));
-      at[w].row = at[w].row * g.step + (S::kPairs ? g.first_row >> 1 : g.first_row);
-      at[w].col = at[w].col * g.step + g.first_col;
+      at[w].row = at[w].row * g.row_step + (S::kPairs ? g.first_row >> 1 : g.first_row);
+      at[w].col = at[w].col * g.col_step + g.first_col;
     }
     for (int s = 0; s < 2; ++s) {
       for (int chunk = 0; chunk < g.chunks[s]; ++chunk) {
@@ -141,6 +143,7 @@ __device__ void LoadTiles(const KernelArgs& g, uint32_t a_shared, uint32_t b_sha
           const uint32_t a_full = barriers.a_full + a.stage * 8;
           ptx::BarrierWait(barriers.a_empty + a.stage * 8, a.parity ^ 1);
           ptx::BarrierArriveExpect(a_full, 2 * S::kBox * 128);
+          const int channel = chunk * 64 + (group.second ? g.second[s] : 0);
 #pragma unroll
           for (int w = 0; w < 2; ++w) {
             int row = group.row, odd = 0;
@@ -148,7 +151,7 @@ __device__ void LoadTiles(const KernelArgs& g, uint32_t a_shared, uint32_t b_sha
               const int source_row = w + group.row + g.first_row;
               odd = source_row & 1, row = (source_row >> 1) - (g.first_row >> 1);
             }
-            ptx::LoadPixels(a_shared + (a.stage * 2 + w) * S::kA, &g.source[s][odd], a_full, chunk * 64, at[w].col,
+            ptx::LoadPixels(a_shared + (a.stage * 2 + w) * S::kA, &g.source[s][odd], a_full, channel, at[w].col,
                             at[w].row, at[w].image, group.col, static_cast<uint16_t>(row));
           }
           a.Next();

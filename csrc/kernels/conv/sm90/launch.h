@@ -1,36 +1,52 @@
-// What the launchers of the sm90 kernels share: positions, and taps in groups that share a load.
+// What the launchers of the sm90 kernels share: the walk over pixels, and taps in groups that share a load.
 #pragma once
 
 #include <algorithm>
 
+#include "conv/sm90/engine.h"
 #include "conv/sm90/implicit_gemm.cuh"
+#include "conv/sm90/tensor_map.h"
 
 namespace unet_fast::gpu::sm90 {
 
-struct FirstTap {
-  int row = 127, col = 127;
-};
-inline FirstTap First(const TapList* lists, int count) {
+// What TMA walks over to read a source: as in PixelMap, `cols` positions a row from the first tap on.
+struct PixelWalk {
   FirstTap first;
-  for (int l = 0; l < count; ++l) {
-    for (int t = 0; t < lists[l].count; ++t) {
-      first.row = std::min<int>(first.row, lists[l].tap[t].row);
-      first.col = std::min<int>(first.col, lists[l].tap[t].col);
-    }
-  }
-  return first;
+  int stride, cols;
+  bool in_pairs;
+};
+inline PixelMap Pixels(const GemmSource& source, int h, int w, int batch, const PixelWalk& walk, int rows, int box) {
+  const int pair = walk.in_pairs ? 2 : 1;
+  return {source.data,
+          source.channels * pair,
+          w / pair,
+          h,
+          batch,
+          source.row_stride,
+          source.image_stride,
+          walk.first.row,
+          rows,
+          walk.first.col / pair,
+          walk.cols,
+          walk.stride,
+          walk.stride / pair,
+          box};
 }
 
 // Groups of `share` taps, each from left to right; returns their number.
-inline int Group(const TapList& taps, int share, FirstTap first, TapGroup* groups) {
+inline int Group(const TapList& taps, int share, const PixelWalk& walk, TapGroup* groups) {
+  const int pair = walk.in_pairs ? 2 : 1;
   for (int t = 0; t < taps.count; t += share) {
     const bool leftwards = share == 3 && taps.tap[t].col > taps.tap[t + 2].col;
     TapGroup& group = groups[t / share];
     for (int i = 0; i < share; ++i) {
       const Tap& tap = taps.tap[leftwards ? t + share - 1 - i : t + i];
       group.weight[i] = static_cast<uint8_t>(tap.index);
-      if (i == 0)
-        group.row = static_cast<uint8_t>(tap.row - first.row), group.col = static_cast<uint8_t>(tap.col - first.col);
+      const int col = tap.col - walk.first.col;
+      if (i == 0) {
+        group.row = static_cast<uint8_t>(tap.row - walk.first.row), group.col = static_cast<uint8_t>(col / pair);
+        group.second = static_cast<uint8_t>(col % pair);
+      }
     }
   }
   return taps.count / share;

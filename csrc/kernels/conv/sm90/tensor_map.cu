@@ -44,9 +44,9 @@ int Encode(const PixelMap& m, DType dtype, CUtensorMap* out) {
   const cuuint64_t strides[] = {m.channels * kBytes, m.row_stride * kBytes, m.image_stride * kBytes};
   // Corners of the box of positions, counted from the array's first and last pixel.
   const int lower[] = {m.first_col, m.first_row};
-  const int upper[] = {m.first_col + m.step * (m.cols - 1) - (m.w - 1),
+  const int upper[] = {m.first_col + m.col_step * (m.cols - 1) - (m.w - 1),
                        m.first_row + m.row_step * (m.rows - 1) - (m.h - 1)};
-  const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(m.step), static_cast<cuuint32_t>(m.row_step), 1};
+  const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(m.col_step), static_cast<cuuint32_t>(m.row_step), 1};
   const CUresult result =
       encode(out, Type(dtype), 4, const_cast<void*>(m.data), dims, strides, lower, upper, kChannels,
              static_cast<cuuint32_t>(m.box), steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

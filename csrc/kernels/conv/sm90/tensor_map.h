@@ -10,15 +10,14 @@
 namespace unet_fast::gpu::sm90 {
 
 // Positions of an implicit GEMM over an [n, h, w, channels] array, or a window of a larger one (strides in elements).
-// Along an axis they are first, first + step, ..., `count` of them; what lies outside the array is zero. A load takes
-// `box` positions, row by row and image by image, from a given one on, each moved by an offset of 0 or more, and of
-// each 64 channels, 128-byte swizzled.
+// Along an axis they are first, first + step, ..., `rows` or `cols` of them; what lies outside the array is zero. A
+// load takes `box` positions, row by row and image by image, from a given one on, each moved by an offset of 0 or more,
+// and of each 64 channels, 128-byte swizzled.
 struct PixelMap {
   const void* data;
   int channels, w, h, n;
   int64_t row_stride, image_stride;
-  int first_row, rows, first_col, cols, step, box;
-  int row_step = step;
+  int first_row, rows, first_col, cols, row_step, col_step, box;
 };
 int Encode(const PixelMap& map, DType dtype, CUtensorMap* out);
 

@@ -26,7 +26,7 @@ PixelMap SideBySide(PixelMap map) {
 template <typename T>
 int LaunchStrips(void* stream, const WgradKernelArgs& g, int units, int splits) {
   const dim3 grid(static_cast<unsigned>(units / 3 * g.tiles_n), splits);
-  const auto kernel = g.step == 2 ? WgradStripsKernel<T, 2> : WgradStripsKernel<T, 1>;
+  const auto kernel = g.row_step == 2 ? WgradStripsKernel<T, 2> : WgradStripsKernel<T, 1>;
   return Launch(kernel, grid, kWgradThreads, strips::kSharedBytes, stream, g);
 }
 
@@ -36,31 +36,19 @@ int Wgrad(void* stream, DType dtype, const WgradArgs& g, const WgradPlan& plan, 
   const WgradConfig& c = kWgradConfigs[plan.config];
   const int cols = g.out_w + c.share - 1;
   const FirstTap first = First(&g.taps, 1);
+  const PixelWalk walk = {first, g.stride, cols, InPairs(g.source, g.sources, g.source_w, g.stride, first)};
   WgradKernelArgs k = {};
-  k.first_row = first.row, k.first_col = first.col, k.step = g.stride;
   for (int s = 0; s < g.sources; ++s) {
     const GemmSource& source = g.source[s];
-    k.channels[s] = source.channels, k.chunks[s] = static_cast<int>(CeilDiv(source.channels, 64));
-    const PixelMap map = {source.data,         source.channels, g.source_w, g.source_h, g.batch, source.row_stride,
-                          source.image_stride, first.row,       g.out_h,    first.col,  cols,    g.stride,
-                          64 + c.share - 1};
+    k.channels[s] = k.second[s] = source.channels, k.chunks[s] = static_cast<int>(CeilDiv(source.channels, 64));
+    const PixelMap map = Pixels(source, g.source_h, g.source_w, g.batch, walk, g.out_h, 64 + c.share - 1);
+    k.first_row = map.first_row, k.first_col = map.first_col, k.row_step = map.row_step, k.col_step = map.col_step;
     UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(c.strips ? SideBySide(map) : map, dtype, &k.source[s]));
   }
-  const PixelMap dz = {g.dz,
-                       g.n,
-                       g.out_w,
-                       g.out_h,
-                       g.batch,
-                       static_cast<int64_t>(g.out_w) * g.n,
-                       static_cast<int64_t>(g.out_h) * g.out_w * g.n,
-                       0,
-                       g.out_h,
-                       0,
-                       cols,
-                       1,
-                       64};
+  const GemmSource results = {g.dz, static_cast<int64_t>(g.out_h) * g.out_w * g.n, g.out_w * g.n, g.n};
+  const PixelMap dz = Pixels(results, g.out_h, g.out_w, g.batch, {{0, 0}, 1, cols, false}, g.out_h, 64);
   UNET_FAST_CUDA_RETURN_IF_ERROR(Encode(c.strips ? SideBySide(dz) : dz, dtype, &k.dz));
-  k.groups = Group(g.taps, c.share, first, k.group);
+  k.groups = Group(g.taps, c.share, walk, k.group);
   k.positions_per_image = Divisor(static_cast<int64_t>(g.out_h) * cols), k.positions_per_row = Divisor(cols);
   k.n = g.n, k.rows = g.out_h, k.tiles_n = static_cast<int>(CeilDiv(g.n, c.n));
   k.steps = plan.steps, k.steps_per_split = plan.steps_per_split;

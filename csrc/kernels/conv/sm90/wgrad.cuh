@@ -19,7 +19,7 @@ struct WgradKernelArgs {
   int chunks[2];  // of 64 channels, a source
   int groups;
   TapGroup group[9];
-  int first_row, first_col, step;
+  int first_row, first_col, row_step, col_step, second[2];  // as in KernelArgs
   Divisor positions_per_image, positions_per_row;
   int channels[2], n, rows;             // rows: of dz, in an image
   int tiles_n, steps, steps_per_split;  // steps: of 64 positions
@@ -65,7 +65,8 @@ __device__ void LoadSteps(const WgradKernelArgs& g, uint32_t stages, uint32_t fu
                           int first_unit, int n, int first_step, int last_step) {
   for (int u = 0; u < S::kTilesA; ++u) {
     const Unit unit = LocateUnit(g, first_unit + u);
-    units[u] = {unit.source, unit.chunk * 64, g.group[unit.group].row, g.group[unit.group].col};
+    const TapGroup& group = g.group[unit.group];
+    units[u] = {unit.source, unit.chunk * 64 + (group.second ? g.second[unit.source] : 0), group.row, group.col};
   }
   Ring<S::kStages> ring;
 #pragma unroll 1
@@ -76,7 +77,8 @@ __device__ void LoadSteps(const WgradKernelArgs& g, uint32_t stages, uint32_t fu
     const uint32_t to = stages + ring.stage * S::kStage, barrier = full + ring.stage * 8;
     ptx::BarrierWait(empty + ring.stage * 8, ring.parity ^ 1);
     ptx::BarrierArriveExpect(barrier, S::kTilesA * S::kBox * 128 + S::kB);
-    const int source_col = static_cast<int>(col) * g.step + g.first_col, source_row = row * g.step + g.first_row;
+    const int source_col = static_cast<int>(col) * g.col_step + g.first_col,
+              source_row = row * g.row_step + g.first_row;
 #pragma unroll 1
     for (int u = 0; u < S::kTilesA; ++u) {
       const UnitLoad load = units[u];

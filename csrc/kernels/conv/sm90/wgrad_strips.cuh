@@ -7,8 +7,8 @@
 // whose three taps are one product: results are its rows, and its 192 columns are the channels of three neighbouring
 // pixels. These lie 128 bytes apart in shared memory, which is what the descriptor says of columns 64 apart, so that
 // the same pixels are read three times, one row further each. With a step of 2, the pixels of a row lie in two slots,
-// every second of them in each: the first has those of the first and the third tap, one row apart, the second has the
-// second's.
+// the firsts of all pairs in one and the seconds in the other: the first and the third tap read the one, one row apart,
+// the second tap the other.
 //
 // Positions are those of a row of all images, side by side, each with the two columns beyond its right edge, where dz
 // is zero because TMA fills with zeros; so few images leave little of a strip unused. To TMA, images are the rows of a
@@ -76,8 +76,9 @@ __device__ void Load(const WgradKernelArgs& g, const Shared& shared, int source,
       const int slot = load % kPixelSlots;
       ptx::BarrierWait(shared.PixelsEmpty(slot), load / kPixelSlots % 2 ^ 1);
       ptx::BarrierArriveExpect(shared.PixelsFull(slot), kBox * 128);
-      ptx::LoadPixels(shared.pixels + slot * kPixels, &g.source[source], shared.PixelsFull(slot), channel,
-                      col * kStep + g.first_col, image, walk.row * kStep + g.first_row + i / kStep, i % kStep, 0);
+      ptx::LoadPixels(shared.pixels + slot * kPixels, &g.source[source], shared.PixelsFull(slot),
+                      channel + (i % kStep ? g.second[source] : 0), col + g.first_col, image,
+                      walk.row * kStep + g.first_row + i / kStep, 0, 0);
     }
     const uint32_t full = shared.DzFull() + ring.stage * 8;
     ptx::BarrierWait(shared.DzEmpty() + ring.stage * 8, ring.parity ^ 1);
