@@ -1,6 +1,6 @@
-"""Writes csrc/kernels/conv/measured.h, the choices that come with the package, from what was measured on an H100.
+"""Writes csrc/kernels/conv/measured.h, the choices that come with the package, from what was measured on an H200.
 
-    unet-fast tune --batch 8 1 --json > benchmarks/results/h100-products.json
+    unet-fast tune --batch 8 1 --json > benchmarks/results/h200-products.json
     python benchmarks/measured_table.py
 
 A line is a product of the reference network that another engine or tile than the rules' is faster at, by 2 % at least.
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PRODUCTS = ROOT / "benchmarks" / "results" / "h100-products.json"
+PRODUCTS = ROOT / "benchmarks" / "results" / "h200-products.json"
 TABLE = ROOT / "csrc" / "kernels" / "conv" / "measured.h"
 HEAD = """// What the products of UNet_Medical's network, a batch of 8 and of 1, were fastest on, on {card},
 // where that is not what the rules say. In the format of a tuning file (tuning.cu), its type left out: bfloat16 takes
