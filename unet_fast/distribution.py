@@ -371,8 +371,8 @@ class _Replica:
 
     Attributes:
         steps: its `BlockSteps`.
-        step: of a block, images, masks, rows [S, B] and draws [S, B, D]: takes its next step. Only on GPUs of one process,
-            of which XLA's own all-reduce is within the program.
+        step: of a block, images, masks, rows [S, B] and draws [S, B, D]: takes its next step, and keeps the replica's own
+            loss. Only on GPUs of one process, of which XLA's own all-reduce is within the program.
         gradients: of a block: float32 [P + 1], the gradients of all variables and the loss.
         apply: of the sum of that over all replicas: updates the variables.
     """
@@ -424,12 +424,11 @@ class _Replica:
 
         @tf.function(jit_compile=jit, autograph=False)
         def step(*block):
-            *computed, loss = (
-                each / replicas for each in of_block(*block)
-            )  # before the sum, which else overflows sooner
-            sums = [_sum_in_program(tf.cast(each, sent), key, replicas) for key, each in enumerate(computed)]
-            loss = _sum_in_program(loss, len(sums), replicas)
-            update([tf.cast(each, tf.float32) for each in sums], loss)
+            *computed, loss = of_block(*block)
+            # Divided before they are added up, which else overflows sooner.
+            parts = [tf.cast(each / replicas, sent) for each in computed]
+            means = [_sum_in_program(part, key, replicas) for key, part in enumerate(parts)]
+            update([tf.cast(mean, tf.float32) for mean in means], loss)
 
         @tf.function(jit_compile=jit, autograph=False)
         def gradients(*block):
@@ -494,6 +493,9 @@ class _ReplicaLoop(StepLoop):
     def advance(self, most):
         self._chunk = self._distribution.gather(self._chunk)[0]  # all workers run equal chunks, of the chief's length
         return self._distribution.interruptibly(super().advance, most)
+
+    def _losses(self, first, last):
+        return np.mean([steps.losses(first, last) for steps in self._steps], 0).tolist()
 
 
 def _make_one_program_step(replicas):

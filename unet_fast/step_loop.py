@@ -69,12 +69,16 @@ class StepLoop:
         begin = time.monotonic()
         for _ in range(count):
             self._step(*self._block)
-        losses = self._steps[0].losses(self._position, self._position + count)
+        losses = self._losses(self._position, self._position + count)
         fitting = int(count * _CHUNK_SECONDS / (time.monotonic() - begin))
         # A hitch shortens the next chunk at once; from one good measurement it only doubles.
         self._chunk = max(1, min(fitting, max(self._chunk, 2 * count)))
         self._position += count
         return losses
+
+    def _losses(self, first, last):
+        """The losses of the block's steps `first` up to `last`, a list of floats; waits for the step that ran last."""
+        return self._steps[0].losses(first, last)
 
     def _begin(self, block):
         for steps in self._steps:
