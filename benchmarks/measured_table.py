@@ -4,9 +4,11 @@
     python benchmarks/measured_table.py
 
 A line is a product of the reference network that another engine or tile than the rules' is faster at, by 2 % at least.
+Prints how many times cuDNN's speed each product has, by the rules and, where that differs, as chosen, in Markdown.
 """
 
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -45,5 +47,33 @@ def table(measured):
     return HEAD.format(card=f"an {measured['card']}", lines=lines)
 
 
+def ratios(measured):
+    """Markdown: a line a layer, a column a batch and product, cuDNN's fastest time over that by the rules.
+
+    Args:
+        measured: what `unet-fast tune --json` prints, a dict.
+
+    >>> row = {"layer": "conv", "batch": 8, "product": "forward", "key": "float16 product 8x30x30x8+8/1 > 28x28x4, 9 taps"}
+    >>> row |= {"us": 2.0, "best_us": 1.0, "by_engine": {"sm90": 1.0, "cudnn": 3.0}}
+    >>> print(ratios({"products": [row]}).splitlines()[-1])
+    | 30, 16 > 4 | 1.50 → 3.00 |
+    """
+    names, cells, columns = {}, {}, {}
+    for row in measured["products"]:
+        column = f"batch {row['batch']}, {row['product']}"
+        columns[column] = None
+        if row["product"] == "forward":
+            size, channels, filters = re.search(r"x(\d+)x([\d+]+)/1 > \d+x\d+x(\d+)", row["key"]).groups()
+            up = ", up" if "transpose" in row["layer"] else ""
+            names[row["layer"]] = f"{size}, {sum(map(int, channels.split('+')))} > {filters}{up}"
+        by_rules, chosen = (f"{row['by_engine']['cudnn'] / row[us]:.2f}" for us in ("us", "best_us"))
+        cells[row["layer"], column] = by_rules if by_rules == chosen else f"{by_rules} → {chosen}"
+    lines = [["layer", *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *(cells[layer, column] for column in columns)] for layer, name in names.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 if __name__ == "__main__":
-    TABLE.write_text(table(json.loads(PRODUCTS.read_text())))
+    products = json.loads(PRODUCTS.read_text())
+    TABLE.write_text(table(products))
+    print(ratios(products))
