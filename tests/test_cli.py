@@ -272,6 +272,13 @@ def test_help_needs_no_tensorflow(tmp_path, command_name):
     assert (process.returncode, out, len(err.splitlines())) == (2, "", 1)
 
 
+def test_whoever_leaves_before_the_end_is_told_nothing():
+    process = command("info", "--json")
+    process.stdout.close()  # as `head` does
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
 def test_killed_and_resumed(run, data, tmp_path):
     """kill -9 between a checkpoint and the next, in another process; the run ends as if it had not been."""
     out = tmp_path / "run"

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import sys
 import tempfile
 
@@ -41,9 +42,14 @@ def main(argv=None):
     try:
         options = _parser().parse_args(argv)
         _prepare_tensorflow("3" if getattr(options, "hosts", None) or os.environ.get("TF_CONFIG") else "2")
-        return options.command(options) or 0
+        status = options.command(options) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         return _fail(error)
+    except BrokenPipeError:  # whoever read what is printed has left, as `head` does: nothing that one needs be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds to print
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a folder that vanished
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except MemoryError:
