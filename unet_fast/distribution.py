@@ -424,7 +424,7 @@ class _Replica:
 
         @tf.function(jit_compile=jit, autograph=False)
         def step(*block):
-            *computed, loss = of_block(*block)
+            *computed, loss = of_block(*block)  # of which the loss is not summed: see docs/performance.md
             # Divided before they are added up, which else overflows sooner.
             parts = [tf.cast(each / replicas, sent) for each in computed]
             means = [_sum_in_program(part, key, replicas) for key, part in enumerate(parts)]
