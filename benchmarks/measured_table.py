@@ -47,15 +47,15 @@ def table(measured):
     return HEAD.format(card=f"an {measured['card']}", lines=lines)
 
 
-def ratios(measured):
-    """Markdown: a line a layer, a column a batch and product, cuDNN's fastest time over that by the rules.
+def markdown(measured):
+    """The table of docs/performance.md: a line a layer, a column a batch and product, cuDNN's fastest time over ours.
 
     Args:
         measured: what `unet-fast tune --json` prints, a dict.
 
     >>> row = {"layer": "conv", "batch": 8, "product": "forward", "key": "float16 product 8x30x30x8+8/1 > 28x28x4, 9 taps"}
     >>> row |= {"us": 2.0, "best_us": 1.0, "by_engine": {"sm90": 1.0, "cudnn": 3.0}}
-    >>> print(ratios({"products": [row]}).splitlines()[-1])
+    >>> print(markdown({"products": [row]}).splitlines()[-1])
     | 30, 16 > 4 | 1.50 → 3.00 |
     """
     names, cells, columns = {}, {}, {}
@@ -76,4 +76,4 @@ def ratios(measured):
 if __name__ == "__main__":
     products = json.loads(PRODUCTS.read_text())
     TABLE.write_text(table(products))
-    print(ratios(products))
+    print(markdown(products))
