@@ -1,5 +1,5 @@
 // Lowering of UnetFastDiceCrossEntropy and its gradient.
-#include <utility>
+#include <tuple>
 
 #include "xla/lowering.h"
 #ifdef UNET_FAST_CUDA
@@ -81,12 +81,10 @@ class Grad : public Base {
   void Compile(tensorflow::XlaOpKernelContext* c) override {
     Dims logits;
     if (!CheckInputs(c, 1, &logits)) return;
-    const std::pair<const char*, Dims> expected[] = {
-        {"dloss", {logits[0]}}, {"sums", {logits[0], 3, logits.back()}}, {"ce", {logits[0], 2}}};
-    for (const int i : {0, 1, 2}) {
-      const auto& [name, dims] = expected[i];
-      OP_REQUIRES_OK(
-          c, Invalid("dice_cross_entropy gradient", CheckDims(name, ToDims(c->InputShape(i == 0 ? 0 : 3 + i)), dims)));
+    const std::tuple<int, const char*, Dims> expected[] = {
+        {0, "dloss", {logits[0]}}, {4, "sums", {logits[0], 3, logits.back()}}, {5, "ce", {logits[0], 2}}};
+    for (const auto& [input, name, dims] : expected) {
+      OP_REQUIRES_OK(c, Invalid("dice_cross_entropy gradient", CheckDims(name, ToDims(c->InputShape(input)), dims)));
     }
     EmitCustomCall(c, "unet_fast_dice_cross_entropy_grad", attributes_, {RowMajor(c->input_xla_type(2), logits)});
   }

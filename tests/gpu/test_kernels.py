@@ -162,6 +162,14 @@ def test_every_tile_of_every_engine_gives_the_result(pool, engine, gemm, wgrad, 
 
 
 @both
+@pytest.mark.parametrize("gemm", range(kernels.native.engines.get("sm90", (0, 0))[0]))
+@pytest.mark.parametrize("pool", [False, True])
+def test_every_tile_of_more_than_a_gpu_runs_at_once(pool, gemm, dtype):
+    x, kernel = normal(3, 122, 124, 72, dtype=dtype), normal(3, 3, 72, 136, dtype=dtype, scale=0.04)
+    check_conv2d(x, kernel, normal(136, dtype=dtype), None, kernels.tuning(engine="sm90", gemm=gemm), pool=pool)
+
+
+@both
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("splits", [0, 5])
 @pytest.mark.parametrize("wgrad", range(kernels.native.engines.get("sm90", (0, 0))[1]))
@@ -208,6 +216,26 @@ def test_weight_gradients_of_wide_images_of_transposed_convolutions(filters, wgr
     x, kernel = normal(3, 7, 90, 72, dtype=dtype), normal(3, 3, filters, 72, dtype=dtype, scale=0.08)
     y = kernels.conv2d_transpose_bias_relu(x, kernel, normal(filters, dtype=dtype))
     check_transpose_gradients(y, x, kernel, choices=kernels.tuning(engine="sm90", wgrad=wgrad, splits=splits))
+
+
+@both
+@pytest.mark.parametrize("gemm", range(kernels.native.engines.get("sm90", (0, 0))[0]))
+@pytest.mark.parametrize(
+    ("size", "channels", "filters"),
+    [
+        ((2, 9, 21), 264, 80),
+        ((2, 9, 21), 264, 128),
+        ((1, 5, 7), 64, 64),
+        ((4, 70, 70), 64, 64),  # more tiles than a GPU runs at once
+    ],
+)
+def test_every_tile_gives_a_transposed_convolution(size, channels, filters, gemm, dtype):
+    x, kernel = normal(*size, channels, dtype=dtype), normal(3, 3, filters, channels, dtype=dtype, scale=0.04)
+    choices = kernels.tuning(engine="sm90", gemm=gemm)
+    args = [x, kernel, normal(filters, dtype=dtype)]
+    y = kernels.conv2d_transpose_bias_relu(*args, choices=choices)
+    check([y], [kernels.reference_conv2d_transpose(*double(args))], [kernels.reference_conv2d_transpose(*args)])
+    check_transpose_gradients(y, x, kernel, choices=choices)
 
 
 def test_gradients_that_are_not_asked_for_are_left_out():

@@ -23,8 +23,8 @@ inline FirstTap First(const TapList* lists, int count) {
   return first;
 }
 
-// Whether two neighbouring pixels are read as one of twice the channels, half of which a tap takes. With a stride of 2
-// every second pixel would be skipped otherwise, which TMA does slowly.
+// Whether two neighbouring pixels are read as one of twice the channels, half of which a tap takes: with a stride of 2,
+// so that neighbouring positions lie side by side.
 bool InPairs(const GemmSource* source, int sources, int source_w, int stride, FirstTap first);
 
 // Index of the configuration for a product, or -1 where the engine does not serve it. `forced`: that one if it serves.
