@@ -1,18 +1,21 @@
-"""Writes csrc/kernels/conv/measured.h, the choices that come with the package, from what was measured on an H200.
+"""Writes csrc/kernels/conv/measured.h, the choices that come with the package, from what was measured on H200s.
 
-    unet-fast tune --batch 8 1 --json > benchmarks/results/h200-products.json
+    unet-fast tune --batch 8 1 --json > benchmarks/results/h200-products.json    # on another card or day: -2.json, ...
     python benchmarks/measured_table.py
 
-A line is a product of the reference network that another engine or tile than the rules' is faster at, by 2 % at least.
+A line is a product of the reference network that another engine or tile than the rules' is faster at, by 2 % at least, in
+the mean of all measurements: from one to the next some times differ by a tenth.
 Prints how many times cuDNN's speed each product has, by the rules and, where that differs, as chosen, in Markdown.
 """
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PRODUCTS = ROOT / "benchmarks" / "results" / "h200-products.json"
+PRODUCTS = sorted((ROOT / "benchmarks" / "results").glob("h200-products*.json"))
+WORTH_A_LINE = 0.98  # of the time by the rules, at most; as `unet-fast tune` has it
 TABLE = ROOT / "csrc" / "kernels" / "conv" / "measured.h"
 HEAD = """// What the products of UNet_Medical's network, a batch of 8 and of 1, were fastest on, on {card},
 // where that is not what the rules say. In the format of a tuning file (tuning.cu), its type left out: bfloat16 takes
@@ -29,11 +32,39 @@ constexpr char kMeasured[] = R"(unet_fast tuning 1
 """
 
 
+def mean(measurements):
+    """One measurement of several: each time the mean, each choice made anew from these.
+
+    Args:
+        measurements: what `unet-fast tune --json` printed, a list of dicts. Of one card's type, and with the same rules.
+
+    Returns:
+        dict as one of them, without what none of its products has in all of them.
+
+    >>> row = {"key": "float16 product a > b", "timings": [["sm90", 1, 0, 2.0], ["cudnn", 0, 0, 1.8]]}
+    >>> slower = row | {"timings": [["sm90", 1, 0, 2.2], ["cudnn", 0, 0, 2.6]]}
+    >>> product = mean([{"card": "a card", "products": [row]}, {"card": "a card", "products": [slower]}])["products"][0]
+    >>> product["engine"], product["us"], product["by_engine"]
+    ('sm90', 2.1, {'sm90': 2.1, 'cudnn': 2.2})
+    """
+    rows = []
+    for same in zip(*(each["products"] for each in measurements), strict=True):
+        times = [{tuple(choice): us for *choice, us in row["timings"]} for row in same]
+        means = {c: statistics.fmean(us[c] for us in times) for c in times[0] if all(c in us for us in times)}
+        rules = tuple(same[0]["timings"][0][:3])
+        fastest = min(means, key=means.get)
+        chosen = fastest if means[fastest] <= WORTH_A_LINE * means[rules] else rules
+        row = dict(same[0]) | dict(zip(("engine", "config", "splits"), chosen, strict=True))
+        by_engine = {engine: min(us for (e, *_), us in means.items() if e == engine) for engine, *_ in means}
+        rows.append(row | {"us": means[rules], "best_us": means[chosen], "by_engine": by_engine})
+    return {"card": measurements[0]["card"], "products": rows}
+
+
 def table(measured):
     """The header.
 
     Args:
-        measured: what `unet-fast tune --json` prints, a dict.
+        measured: what `mean` returns.
 
     >>> row = {"key": "float16 product a > b", "engine": "cudnn", "config": 1, "splits": 0, "us": 2.0, "best_us": 1.0}
     >>> "product a > b\\tcudnn\\t1\\t0" in table({"card": "a card", "products": [row]})
@@ -51,7 +82,7 @@ def markdown(measured):
     """The table of docs/performance.md: a line a layer, a column a batch and product, cuDNN's fastest time over ours.
 
     Args:
-        measured: what `unet-fast tune --json` prints, a dict.
+        measured: what `mean` returns.
 
     >>> row = {"layer": "conv", "batch": 8, "product": "forward", "key": "float16 product 8x30x30x8+8/1 > 28x28x4, 9 taps"}
     >>> row |= {"us": 2.0, "best_us": 1.0, "by_engine": {"sm90": 1.0, "cudnn": 3.0}}
@@ -74,6 +105,11 @@ def markdown(measured):
 
 
 if __name__ == "__main__":
-    products = json.loads(PRODUCTS.read_text())
+    products = mean([json.loads(path.read_text()) for path in PRODUCTS])
     TABLE.write_text(table(products))
     print(markdown(products))
+    for batch in (8, 1):
+        rows = [row for row in products["products"] if row["batch"] == batch]
+        sums = [sum(row["us"] for row in rows), sum(row["best_us"] for row in rows)]
+        sums.append(sum(row["by_engine"]["cudnn"] for row in rows))
+        print(f"batch {batch}, ms: by the rules, as chosen, cuDNN alone:", *(f"{us / 1e3:.2f}" for us in sums))
