@@ -9,9 +9,9 @@ one. `ratio` is cuDNN's time over ours, so above 1 ours is the faster; `peak` is
 product of the same run. `rest` is what a layer's gradient takes beside the two products: the mask and pool gradient
 before them, ms.
 
-`fused` is the time of the fastest of cuDNN's plans with the same fusion, by cudnn_frontend, over ours, both timed as `unet-fast
-tune` does, on numbers as sparse as ReLU leaves them; `tuned` the same over the fastest of all engines and tiles, which is
-what runs once `unet-fast tune` has recorded it.
+`fused` is the time of the fastest of cuDNN's plans with the same fusion, by cudnn_frontend, over ours as the rules choose, both
+timed as `unet-fast tune` does, on numbers as sparse as ReLU leaves them; `tuned` the same over the fastest of all engines and
+tiles, which is what runs once `unet-fast tune` has recorded it.
 
 A time is device time: calls are captured into a CUDA graph, which is replayed between two events, ours and cuDNN's in
 turn; the median of the turns counts. Our dgrad is what asking for it adds to the gradient call. An engine that does not
