@@ -13,9 +13,10 @@ import re
 import statistics
 from pathlib import Path
 
+from unet_fast.tuning import fastest
+
 ROOT = Path(__file__).parent.parent
 PRODUCTS = sorted((ROOT / "benchmarks" / "results").glob("h200-products*.json"))
-WORTH_A_LINE = 0.98  # of the time by the rules, at most; as `unet-fast tune` has it
 TABLE = ROOT / "csrc" / "kernels" / "conv" / "measured.h"
 HEAD = """// What the products of UNet_Medical's network, a batch of 8 and of 1, were fastest on, on {card},
 // where that is not what the rules say. In the format of a tuning file (tuning.cu), its type left out: bfloat16 takes
@@ -39,7 +40,7 @@ def mean(measurements):
         measurements: what `unet-fast tune --json` printed, a list of dicts. Of one card's type, and with the same rules.
 
     Returns:
-        dict as one of them, without what none of its products has in all of them.
+        dict as one of them; of a product it has what was timed in all of them.
 
     >>> row = {"key": "float16 product a > b", "timings": [["sm90", 1, 0, 2.0], ["cudnn", 0, 0, 1.8]]}
     >>> slower = row | {"timings": [["sm90", 1, 0, 2.2], ["cudnn", 0, 0, 2.6]]}
@@ -50,13 +51,8 @@ def mean(measurements):
     rows = []
     for same in zip(*(each["products"] for each in measurements), strict=True):
         times = [{tuple(choice): us for *choice, us in row["timings"]} for row in same]
-        means = {c: statistics.fmean(us[c] for us in times) for c in times[0] if all(c in us for us in times)}
-        rules = tuple(same[0]["timings"][0][:3])
-        fastest = min(means, key=means.get)
-        chosen = fastest if means[fastest] <= WORTH_A_LINE * means[rules] else rules
-        row = dict(same[0]) | dict(zip(("engine", "config", "splits"), chosen, strict=True))
-        by_engine = {engine: min(us for (e, *_), us in means.items() if e == engine) for engine, *_ in means}
-        rows.append(row | {"us": means[rules], "best_us": means[chosen], "by_engine": by_engine})
+        in_all = [choice for choice in times[0] if all(choice in us for us in times)]
+        rows.append(same[0] | fastest([(*choice, statistics.fmean(us[choice] for us in times)) for choice in in_all]))
     return {"card": measurements[0]["card"], "products": rows}
 
 

@@ -55,27 +55,40 @@ def measure(model, batches, dtype, on_progress=None):
                 "nothing else on the GPU meanwhile"
             ) from error
         for product in products:
-            ours, *_ = product.timings
             timings = [(t.engine, t.config, t.splits, t.microseconds) for t in product.timings]
-            by_engine = {engine: min(us for e, *_, us in timings if e == engine) for engine, *_ in timings}
-            best = min(product.timings, key=lambda timing: timing.microseconds)
-            best = best if best.microseconds <= _WORTH * ours.microseconds else ours
-            rows[product.key] = {
-                "layer": layer.name,
-                "product": product.product,
-                "batch": batch,
-                "key": product.key,
-                "us": ours.microseconds,
-                "by_engine": by_engine,
-                "timings": timings,
-                "engine": best.engine,
-                "config": best.config,
-                "splits": best.splits,
-                "best_us": best.microseconds,
-            }
+            names = {"layer": layer.name, "product": product.product, "batch": batch, "key": product.key}
+            rows[product.key] = names | fastest(timings)
         if on_progress:
             on_progress(done + 1, len(problems))
     return list(rows.values())
+
+
+def fastest(timings):
+    """What follows from a product's timings.
+
+    Args:
+        timings: list of (engine, config, splits, us), of the rules first.
+
+    Returns:
+        dict of `us`, `by_engine`, `timings`, `engine`, `config`, `splits` and `best_us`, as `measure` has them.
+
+    >>> from unet_fast import tuning
+    >>> row = tuning.fastest([("sm90", 1, 0, 2.0), ("cudnn", 0, 0, 1.8)])
+    >>> row["us"], row["engine"], row["best_us"]
+    (2.0, 'cudnn', 1.8)
+    """
+    ours = timings[0]
+    best = min(timings, key=lambda timing: timing[-1])
+    engine, config, splits, best_us = best if best[-1] <= _WORTH * ours[-1] else ours
+    return {
+        "us": ours[-1],
+        "by_engine": {engine: min(us for e, *_, us in timings if e == engine) for engine, *_ in timings},
+        "timings": timings,
+        "engine": engine,
+        "config": config,
+        "splits": splits,
+        "best_us": best_us,
+    }
 
 
 def path():
