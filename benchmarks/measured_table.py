@@ -8,6 +8,7 @@ the mean of all measurements: from one to the next some times differ by a tenth.
 Prints how many times cuDNN's speed each product has, by the rules and, where that differs, as chosen, in Markdown.
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -101,6 +102,7 @@ def markdown(measured):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     products = mean([json.loads(path.read_text()) for path in PRODUCTS])
     TABLE.write_text(table(products))
     print(markdown(products))
