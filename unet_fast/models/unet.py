@@ -95,7 +95,7 @@ class FusedUNet(keras.Model):
         self.backend = backend
 
     def call(self, inputs, training=None, mask=None):
-        self._check_sizes(keras.tree.flatten(inputs)[0])
+        inputs = keras.tree.map_structure(self._of_checked_size, inputs)
         for layer in self.layers:
             if isinstance(layer, FusedConv2D | FusedConv2DTranspose):
                 layer.fused_on_cpu = self._fused_on_cpu
@@ -192,8 +192,13 @@ class FusedUNet(keras.Model):
             "dtype": self.dtype_policy.name,
         }
 
-    def _check_sizes(self, x):
-        """Stops an image that would come out misaligned: pooling drops an odd row without a word."""
+    def _of_checked_size(self, x):
+        """The image, where its size fits; stops one that would come out misaligned.
+
+        Pooling drops an odd row without a word. In a graph the network waits for the check of a size that is known
+        only there: run beside it, a concatenation could fail first, with a message about shapes inside the network.
+        """
+        checks = []
         for axis, size in enumerate(x.shape[1:3], start=1):
             if size is not None:
                 try:
@@ -203,12 +208,17 @@ class FusedUNet(keras.Model):
                 continue
             multiple = 2**self.depth
             offset = -4 if self.padding == "valid" else 0
-            tf.debugging.assert_equal(
+            check = tf.debugging.assert_equal(
                 (tf.shape(x)[axis] - offset) % multiple,
                 0,
                 f"FusedUNet of depth {self.depth} and padding {self.padding!r} expects image sizes of "
                 f"{multiple} * n{offset or ''} pixels; pad or crop the image",
             )
+            checks.append(check)
+        if not checks:
+            return x
+        with tf.control_dependencies(checks):
+            return tf.identity(x)
 
 
 def _fused_graph(x, num_classes, filters, depth, padding, upsampling, dropout, dtype, *, backend):
