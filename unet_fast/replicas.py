@@ -18,7 +18,7 @@ class _Replica:
         steps: its `BlockSteps`.
         step: of a block, images, masks, rows [S, B] and draws [S, B, D]: takes its next step, and keeps the replica's own
             loss. Only on GPUs of one process, of which XLA's own all-reduce is within the program.
-        gradients: of a block: float32 [P + 1], the gradients of all variables and the loss.
+        gradients: of a block: float32 [P + 1], the replica's share of the mean gradient of all variables, and its loss.
         apply: of the sum of that over all replicas: updates the variables.
     """
 
@@ -54,7 +54,7 @@ class _Replica:
         """Traces the programs outside of the strategy, under which Keras would see to the distribution itself."""
         jit = self.model.jit_compile
         variables = self.model.trainable_variables
-        compute = loss_and_gradients(self.model, self.optimizer, loss_fn, batches, accumulate)
+        compute = loss_and_gradients(self.model, self.optimizer, loss_fn, batches, accumulate, replicas)
 
         # Gradients of float16 weights are float16 numbers, and so sent in half the time, unless they are already means.
         sent = self.model.compute_dtype if accumulate == 1 else "float32"
@@ -70,9 +70,7 @@ class _Replica:
         @tf.function(jit_compile=jit, autograph=False)
         def step(*block):
             *computed, loss = of_block(*block)  # the loss is not summed: see docs/performance.md
-            # Divided before they are added up, which else overflows sooner.
-            parts = [tf.cast(each / replicas, sent) for each in computed]
-            means = [_sum_in_program(part, key, replicas) for key, part in enumerate(parts)]
+            means = [_sum_in_program(tf.cast(each, sent), key, replicas) for key, each in enumerate(computed)]
             update([tf.cast(mean, tf.float32) for mean in means], loss)
 
         @tf.function(jit_compile=jit, autograph=False)
@@ -82,9 +80,9 @@ class _Replica:
         @tf.function(jit_compile=jit, autograph=False)
         def apply(packed):
             shapes = [*(v.shape for v in variables), tf.TensorShape([])]
-            parts = tf.split(packed / replicas, [shape.num_elements() for shape in shapes])
+            parts = tf.split(packed, [shape.num_elements() for shape in shapes])
             *means, loss = (tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True))
-            update(means, loss)
+            update(means, loss / replicas)
 
         with tf.device(self.device):
             if in_one_program:

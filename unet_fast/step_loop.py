@@ -144,15 +144,17 @@ class BlockSteps:
         return self._losses.numpy()[first:last].tolist()
 
 
-def loss_and_gradients(model, optimizer, loss_fn, batches, accumulate=1):
+def loss_and_gradients(model, optimizer, loss_fn, batches, accumulate=1, replicas=1):
     """What a step computes before the optimizer has its turn, for a tf.function to trace.
 
     Args:
         model, optimizer, loss_fn, batches, accumulate: as `StepLoop`.
+        replicas: whose gradients will be added up, this one's among them.
 
     Returns:
         function of what `TrainingBatches.blocks` has for a step, (images, masks, rows [B], draws [B, D]); it returns the
-        mean loss, a float32 scalar, and the gradients of the scaled loss, one a trainable variable.
+        mean loss, a float32 scalar, and the gradients of the scaled loss, one a trainable variable: each the replica's
+        share of the replicas' mean gradient.
 
     Example: see `StepLoop`.
     """
@@ -169,7 +171,8 @@ def loss_and_gradients(model, optimizer, loss_fn, batches, accumulate=1):
         images, labels, *weights = load(images, masks, rows, draws)
         with tf.GradientTape() as tape:
             loss = loss_fn(labels, model(images, training=True), *weights)
-            scaled = optimizer.scale_loss(loss)
+            # Divided here and not behind, where it would be a pass over all gradients.
+            scaled = optimizer.scale_loss(loss) / replicas
         return loss, tape.gradient(scaled, variables)
 
     def accumulated(images, masks, rows, draws):
